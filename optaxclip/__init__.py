@@ -1,0 +1,22 @@
+"""Gradient clipping for JAX: Optax transformations that keep training stable."""
+
+from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._clips import (
+    adaptive_grad_clip as adaptive_grad_clip,
+    clip_by_block_rms as clip_by_block_rms,
+    clip_by_global_norm as clip_by_global_norm,
+    clip_by_group_norm as clip_by_group_norm,
+    clip_by_leaf_norm as clip_by_leaf_norm,
+    clip_with_norm as clip_with_norm,
+    normalize_by_update_norm as normalize_by_update_norm,
+)
+from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
+from optaxclip._summary import summary as summary
+from optaxclip._values import (
+    ClipByValueState as ClipByValueState,
+    clip as clip,
+    clip_by_value as clip_by_value,
+)
+from optaxclip.norms import global_norm as global_norm
+
+__version__ = "0.1.0"

@@ -1,0 +1,96 @@
+"""Errors about arguments, in one phrasing: what was expected, what came, what to do."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import optax
+
+STATIC = (int, float, np.generic, np.ndarray)  # numbers known without running anything
+
+
+def number(value: Any, what: str, minimum: float = 0.0) -> None:
+    """Raises unless ``value`` is a real scalar, possibly traced.
+
+    Raises:
+      TypeError: not a number, or one that is not real.
+      ValueError: not a scalar; NaN or below ``minimum``, where that is known without
+        running anything: of a Python or NumPy number.
+    """
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
+        raise TypeError(_unfit(value, what))
+    if is_array and getattr(getattr(value, "dtype", None), "kind", "O") in "bcOSU":
+        raise TypeError(_unfit(value, what))
+    if np.shape(value) != ():
+        raise ValueError(
+            f"Expected {what} to be a scalar, got shape {np.shape(value)}."
+            " To give leaves thresholds of their own, use a mapping"
+            " {path pattern: threshold}."
+        )
+    if isinstance(value, STATIC):
+        if math.isnan(float(value)) or float(value) < minimum:
+            raise ValueError(
+                f"Expected {what} >= {minimum:g}, got {value}."
+                " To switch a clip off, use `jnp.inf`."
+            )
+
+
+def threshold(value: Any, what: str) -> None:
+    """Raises unless ``value`` is a number, a schedule, a rule or maps to those."""
+    if isinstance(value, Mapping):
+        mapping(value, what, threshold)
+    elif not isinstance(value, optax.GradientTransformation) and not callable(value):
+        number(value, what)
+
+
+def mapping(
+    value: Mapping[Any, Any], what: str, check: Callable[[Any, str], None]
+) -> None:
+    """Raises unless ``value`` maps something to thresholds; paths come later."""
+    if not value:
+        raise ValueError(
+            f"Expected {what} to map path patterns to thresholds, got an empty mapping."
+        )
+    for pattern, entry in value.items():
+        if isinstance(entry, Mapping):
+            raise TypeError(
+                f"Expected {what}[{pattern!r}] to be a threshold, got a mapping."
+                " Write one flat mapping from paths such as 'encoder/dense'."
+            )
+        check(entry, f"{what}[{pattern!r}]")
+
+
+def state(value: Any, kind: type) -> None:
+    """Raises unless ``value`` is the state of this kind of clip, or None."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(
+            f"Expected a state of type {kind.__name__}, got {type(value).__name__}: it"
+            " belongs to another clip. Call `state = clip.init(params)`."
+        )
+
+
+def function(value: Any, what: str) -> Any:
+    """Returns ``value`` if it can be called, and raises otherwise."""
+    if not callable(value):
+        raise TypeError(f"Expected {what} to be a function, got {value!r}.")
+    return value
+
+
+def rule(value: Any, what: str) -> optax.GradientTransformation:
+    """Returns ``value`` if it is a rule, and raises otherwise."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"Expected {what} to wrap a rule, an `optax.GradientTransformation` on"
+            f" norms, got {value!r} of type {type(value).__name__}."
+        )
+    return value
+
+
+def _unfit(value: Any, what: str) -> str:
+    return (
+        f"Expected {what} to be a number, a schedule, a rule, or a mapping from path"
+        f" patterns to those, got {value!r} of type {type(value).__name__}."
+        " To switch a clip off, use `jnp.inf`."
+    )

@@ -1,0 +1,243 @@
+"""The one engine behind every clip that multiplies: norm x threshold x factor.
+
+norms             = norm(updates)                        # how big, over what
+max_norms, state  = threshold.update(norms, state, ...)  # how big is allowed
+updates           = updates * factor(norms, max_norms)   # what to do about it
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import _checks, _leaves, _limits, _scopes, factors, norms
+
+Factor = Callable[[jax.Array, jax.Array], jax.Array]
+Threshold = (
+    ArrayLike
+    | optax.Schedule
+    | optax.GradientTransformation
+    | Mapping[str, ArrayLike | optax.Schedule | optax.GradientTransformation]
+)
+
+
+class ClipState(NamedTuple):
+    """What a clip saw at its last step; only the rule's state is ever read back.
+
+    The arrays have one entry per scope, in tree order: shape ``()`` for a global norm,
+    else ``(scopes,)``; where a scope is finer than a leaf, one entry per leaf, of the
+    unit that was clipped hardest. Floats are float32, or float64 where a leaf is. Read
+    them with :func:`optaxclip.summary`, which knows the names.
+
+    Attributes:
+      update_count: updates seen, int32.
+      norms: norms before the clip, in the units of the updates; infinite where a norm
+        is larger than its dtype can hold.
+      max_norms: thresholds; infinite where there was none.
+      factors: what the updates were multiplied by; 1 where nothing happened.
+      clipped_count: steps at which the factor was below 1, int32.
+      rule_state: the state of the threshold's rule, ``optax.EmptyState()`` if it has
+        none, a tuple of those in the order of the sorted patterns if the threshold is a
+        mapping.
+    """
+
+    update_count: jax.Array
+    norms: jax.Array
+    max_norms: jax.Array
+    factors: jax.Array
+    clipped_count: jax.Array
+    rule_state: Any
+
+
+def clip_by(
+    norm: _scopes.Norm, threshold: Threshold, factor: Factor = factors.rescale
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies every scope of the updates by a factor of its norm and threshold.
+
+    .. math:: u_s \leftarrow u_s \cdot \text{factor}(\|u_s\|, \text{threshold}_s)
+
+    All clips of this library that multiply are a few lines on this function, and yours
+    can be too: choose how to measure, how much to allow, and what to do about the rest.
+
+    Guarantees:
+      * Structure, shapes and dtypes of the updates are kept; they are rounded once.
+      * Where the factor is 1 the updates come back bit for bit. Zeros stay zeros.
+      * Finite updates are measured exactly, whatever their dtype and magnitude.
+      * A NaN or an infinity in a scope makes all of that scope NaN, and enters no rule.
+      * The derivative is finite wherever the result is.
+
+    Args:
+      norm: function from updates to a tree prefix of norms, such as those in
+        :mod:`optaxclip.norms`. It has to be positively homogeneous.
+      threshold: largest norm allowed, in the units of the updates at this point of the
+        chain: a number, possibly traced and of any float dtype (``jnp.inf`` allows all,
+        a negative traced number counts as 0); a schedule ``count -> number``, where the
+        count starts at 0; a rule, that is an ``optax.GradientTransformation`` whose
+        updates are the norms of all scopes as one vector (a scalar if global); or a
+        mapping from path patterns to any of these. In a rule's state an array whose
+        last axis goes over the scopes keeps the entries of a scope whose norm is not
+        finite.
+      factor: function from positive norms and thresholds to factors.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`. If
+      the threshold needs no state, ``update`` also takes None or ``optax.EmptyState()``
+      for the state, and returns it unchanged.
+
+    Raises:
+      TypeError: when building, for a threshold of the wrong type; when tracing, for a
+        leaf that is not an array.
+      ValueError: when building, for a negative or NaN threshold; when tracing, for
+        patterns that match nothing, don't cover a leaf or disagree within a scope, for
+        params that don't match the updates, and for a state that belongs to another
+        clip.
+
+    Examples:
+      >>> clip = optaxclip.clip_by(
+      ...     optaxclip.norms.leaf_norms,
+      ...     {"head": 10.0, "**": 1.0},
+      ...     optaxclip.factors.soften,
+      ... )
+      >>> grads = {"body": jnp.array([3.0]), "head": jnp.array([30.0])}
+      >>> updates, state = clip.update(grads, clip.init(grads))
+      >>> print(updates["body"], updates["head"], state.factors)
+      [0.75] [7.5] [0.25 0.25]
+    """
+    _checks.threshold(threshold, "threshold")
+    if not callable(norm) or not callable(factor):
+        raise TypeError(
+            "Expected functions `clip_by(norm, threshold, factor)`, got"
+            f" norm={norm!r}, factor={factor!r}."
+        )
+    plain = norms.plain(norm)
+
+    def init_fn(params: optax.Params) -> ClipState:
+        leaves = _leaves.flatten(params, abstract=True)
+        zeros = _scopes.zeros(plain, leaves)
+        zero = _scopes.pack(
+            {scope: x.ravel()[0] if x.ndim else x for scope, x in zeros.items()},
+            leaves.dtype,
+        )
+        return ClipState(
+            update_count=jnp.zeros((), jnp.int32),
+            norms=zero,
+            max_norms=jnp.full_like(zero, jnp.inf),
+            factors=jnp.ones_like(zero),
+            clipped_count=jnp.zeros_like(zero, jnp.int32),
+            rule_state=_limits.init(threshold, zeros, leaves),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        leaves = _leaves.flatten(updates)
+        measured = _scopes.measure(plain, leaves)
+        old: Any = None if isinstance(state, optax.EmptyState) else state
+        _checks.state(old, ClipState)
+        if old is None:
+            count = jnp.zeros((), jnp.int32)
+            past = _limits.stateless(threshold, measured.norms, leaves)
+        else:
+            count, past = old.update_count, old.rule_state
+        allowed, rule_state = _limits.update(
+            threshold, measured, count, past, leaves, params, extra_args
+        )
+        pairs = {
+            scope: scope_factor(factor, norm, measured.powers[scope], allowed[scope])
+            for scope, norm in measured.norms.items()
+        }
+        updates = multiplied(leaves, pairs)
+        if old is None:
+            return updates, state
+        max_norms = _scopes.pack(allowed, leaves.dtype)
+        return updates, _next(old, factor, measured, max_norms, rule_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scope_factor(
+    factor: Factor, norm: jax.Array, power: jax.Array, max_norm: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the factor of a scope in two parts, a power of two and the rest.
+
+    ``norm`` is that of the updates times ``power``. Where the factor would be too small
+    for its dtype, it is computed for a threshold scaled up, and the updates are scaled
+    down: a factor so small is proportional to the threshold.
+    """
+    info = jnp.finfo(norm.dtype)
+    half = 2.0 ** (info.maxexp // 2)
+    tiny = max_norm * (jnp.minimum(power, 1) * (half * 2.0 ** (info.nmant + 2))) < norm
+    up = jax.lax.stop_gradient(jnp.where(tiny, half, jnp.ones_like(norm)))
+    scaled = jnp.minimum(max_norm * (power * up), info.max)
+    rest = factor(jnp.where(norm == 0, 1, norm), scaled)
+    rest = jnp.where((norm == 0) | jnp.isinf(max_norm), 1, rest)
+    return 1 / up, rest + 0 * norm * scaled  # NaN where the norm is not finite
+
+
+def multiplied(
+    leaves: _leaves.Leaves, factors: dict[Any, tuple[jax.Array, jax.Array]]
+) -> Any:
+    """Returns the updates times their factors, untouched where the factor is 1."""
+    by_leaf = _scopes.of_leaf(factors, len(leaves.counted))
+    pairs = zip(leaves.counted, by_leaf, strict=True)
+    return leaves.replaced(
+        [_times(leaves.leaves[i], leaves.dtype, *pair) for i, pair in pairs]
+    )
+
+
+def _times(leaf: Any, dtype: Any, power: jax.Array, rest: jax.Array) -> jax.Array:
+    product = _leaves.narrow(_leaves.widen(leaf, dtype) * power * rest, leaf)
+    untouched = (power == 1) & (rest == 1)
+    return jnp.where(untouched, jnp.asarray(leaf, product.dtype), product)
+
+
+def _next(
+    state: ClipState,
+    factor: Factor,
+    measured: _scopes.Measured,
+    max_norms: Any,
+    rule_state: Any,
+) -> ClipState:
+    """Returns the state after this step, computed for all scopes at once."""
+
+    def total(norm: jax.Array, power: jax.Array, max_norm: jax.Array) -> jax.Array:
+        scale, rest = scope_factor(factor, norm, power, max_norm)
+        return scale * rest
+
+    factors = jax.tree.map(
+        total, measured.packed_norms, measured.packed_powers, max_norms
+    )
+    recorded = functools.partial(_recorded, factors=factors, like=state.norms)
+    new_factors = recorded(factors)
+    return ClipState(
+        update_count=jnp.asarray(optax.safe_increment(state.update_count)),
+        norms=recorded(measured.packed()),
+        max_norms=recorded(max_norms),
+        factors=new_factors,
+        clipped_count=jnp.where(
+            new_factors < 1,
+            optax.safe_increment(state.clipped_count),
+            state.clipped_count,
+        ),
+        rule_state=rule_state,
+    )
+
+
+def _recorded(packed: Any, factors: Any, like: jax.Array) -> jax.Array:
+    """Returns what the state keeps: of the units of a leaf, the one clipped hardest."""
+    if isinstance(packed, list):
+        pairs = zip(packed, factors, strict=True)
+        packed = [jnp.broadcast_to(x, f.shape).ravel()[jnp.argmin(f)] for x, f in pairs]
+        packed = jnp.stack(packed)
+    if packed.shape != jnp.shape(like):
+        raise ValueError(
+            f"Expected a state with one entry per scope, of shape {packed.shape}, got"
+            f" {jnp.shape(like)}: it belongs to another clip or to other params."
+            " Call `clip.init(params)`."
+        )
+    return packed.astype(like.dtype)

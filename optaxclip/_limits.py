@@ -1,0 +1,201 @@
+"""How big is allowed: the threshold of every scope, from what the user gave as one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip import _paths
+from optaxclip._leaves import Leaves
+from optaxclip._scopes import EVERYTHING, Measured, Scope, Scopes, pack, unpack
+
+
+def init(threshold: Any, norms: Scopes, leaves: Leaves) -> Any:
+    """Returns the state of the threshold: its rule's or, of a mapping, each entry's."""
+    states = tuple(
+        _init_entry(entry, {scope: norms[scope] for scope in scopes}, leaves)
+        for entry, scopes in _entries(threshold, norms, leaves)
+    )
+    return states if isinstance(threshold, Mapping) else states[0]
+
+
+def stateless(threshold: Any, norms: Scopes, leaves: Leaves) -> Any:
+    """Returns the state of a threshold that needs none, and raises if it needs one."""
+    state = init(threshold, norms, leaves)
+    entries = [entry for entry, _ in _entries(threshold, norms, leaves)]
+    if jax.tree.leaves(state) or any(map(_is_schedule, entries)):
+        raise ValueError(
+            "Expected the state of this clip, whose threshold changes from step to"
+            " step, got none. Call `state = clip.init(params)` once and pass the state"
+            " along."
+        )
+    return state
+
+
+def update(
+    threshold: Any,
+    measured: Measured,
+    count: jax.Array,
+    state: Any,
+    leaves: Leaves,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Scopes, Any]:
+    """Returns the threshold of every scope, and the new state as `init` returned it."""
+    fresh = jax.eval_shape(lambda some: init(threshold, some, leaves), measured.norms)
+    if jax.tree.structure(state) != jax.tree.structure(fresh):
+        raise ValueError(
+            "Expected the state of this clip's threshold, of structure"
+            f" {jax.tree.structure(fresh)}, got {jax.tree.structure(state)}: it belongs"
+            " to another clip. Call `state = clip.init(params)`."
+        )
+    order = {scope: i for i, scope in enumerate(measured.norms)}
+    allowed: Scopes = {}
+    states = []
+    olds = state if isinstance(threshold, Mapping) else (state,)
+    entries = _entries(threshold, measured.norms, leaves)
+    for (entry, scopes), old in zip(entries, olds, strict=True):
+        if isinstance(entry, optax.GradientTransformation) and scopes:
+            sizes = measured.packed()
+            if len(scopes) < len(order):
+                sizes = _some(sizes, [order[scope] for scope in scopes])
+            part = None if params is None else _restricted(params, leaves, scopes)
+            limits, new = _apply_rule(entry, sizes, old, part, extra_args)
+            allowed |= unpack(jax.tree.map(_limit, limits), scopes)
+        else:
+            new = old
+            limit = _scalar(entry, count, leaves.dtype)
+            allowed |= dict.fromkeys(scopes, _limit(limit))
+        states.append(new)
+    norms = measured.norms.items()
+    allowed = {s: jnp.broadcast_to(allowed[s], norm.shape) for s, norm in norms}
+    return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]
+
+
+def _entries(
+    threshold: Any, norms: Scopes, leaves: Leaves
+) -> list[tuple[Any, list[Scope]]]:
+    """Returns each entry of the threshold with the scopes that it is for."""
+    if not isinstance(threshold, Mapping):
+        return [(threshold, list(norms))]
+    paths = leaves.paths()
+    winners = _paths.cover(threshold, paths, "the threshold")
+    scopes: dict[str, list[Scope]] = {pattern: [] for pattern in sorted(threshold)}
+    for scope in norms:
+        members = range(len(paths)) if scope == EVERYTHING else scope
+        patterns = sorted({winners[i] for i in members})
+        if len(patterns) > 1:
+            raise ValueError(
+                f"Expected one threshold per norm, got the patterns {patterns} for"
+                f" {[paths[i] for i in members]}, which share one. Use a norm of leaves"
+                " or smaller groups, or `optax.partition` for a norm of each subtree."
+            )
+        scopes[min(patterns, default=min(scopes))].append(scope)
+    return [(threshold[pattern], some) for pattern, some in scopes.items()]
+
+
+def _init_entry(entry: Any, norms: Scopes, leaves: Leaves) -> Any:
+    if not isinstance(entry, optax.GradientTransformation):
+        return optax.EmptyState()
+    packed = pack(norms, leaves.dtype)
+    state = entry.init(packed)
+    if isinstance(packed, list) and jax.tree.leaves(state):
+        raise ValueError(
+            "Expected a rule without a state for a norm of units, got one that keeps a"
+            f" history, {type(state).__name__}. Use a norm of leaves or groups."
+        )
+    return state
+
+
+def _apply_rule(
+    rule: optax.GradientTransformation,
+    norms: Any,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[Any, Any]:
+    rule = optax.with_extra_args_support(rule)
+    limits, new = rule.update(norms, state, params, **extra_args)
+    expected, got = jax.tree.map(jnp.shape, norms), jax.tree.map(jnp.shape, limits)
+    if expected != got:
+        raise ValueError(
+            f"Expected the rule to return one threshold per norm, of shape {expected},"
+            f" got {got}."
+        )
+    limits = jax.tree.map(lambda limit, norm: limit.astype(norm.dtype), limits, norms)
+    if not isinstance(norms, list):
+        new = jax.tree.map(lambda a, b: _kept(a, b, jnp.isfinite(norms)), new, state)
+    return limits, new
+
+
+def _kept(new: Any, old: Any, finite: jax.Array) -> jax.Array:
+    """Keeps what a rule knew of the scopes whose norm is not finite, and its dtypes."""
+    new = jnp.asarray(new, jnp.result_type(old))
+    per_scope = jnp.shape(new)[-1:] == finite.shape
+    return jnp.where(
+        finite if finite.ndim == 0 or per_scope else jnp.any(finite), new, old
+    )
+
+
+def _restricted(params: Any, leaves: Leaves, scopes: list[Scope]) -> Any:
+    """Returns the params of some scopes, with None in the places of all others."""
+    every = params_like(params, leaves)
+    members = (
+        set(range(len(every)))
+        if EVERYTHING in scopes
+        else {i for s in scopes for i in s}
+    )
+    return leaves.tree([leaf if i in members else None for i, leaf in enumerate(every)])
+
+
+def params_like(params: Any, leaves: Leaves) -> list[Any]:
+    """Returns the params that belong to the counted leaves of the updates."""
+    paths = dict(zip(leaves.paths(), leaves.counted, strict=True))
+    if jax.tree.structure(params) == leaves.treedef:
+        every = jax.tree.leaves(params)
+        for path, i in paths.items():
+            if jnp.shape(every[i]) != jnp.shape(leaves.leaves[i]):
+                raise ValueError(
+                    f"Expected params and updates of one shape, got"
+                    f" {jnp.shape(every[i])} and {jnp.shape(leaves.leaves[i])} at"
+                    f" {path!r}. Pass the params that the updates belong to."
+                )
+        return [every[i] for i in leaves.counted]
+    different = sorted(set(paths) ^ set(_paths.paths(params)))
+    where = (
+        f"they differ at {different[0]!r}"
+        if different
+        else f"got {type(params).__name__}"
+    )
+    raise ValueError(
+        f"Expected params of the same structure as the updates: {where}."
+        " Pass the params that the updates belong to."
+    )
+
+
+def _some(norms: Any, places: list[int]) -> Any:
+    if isinstance(norms, list):
+        return [norms[i] for i in places]
+    return norms[np.array(places)]
+
+
+def _limit(limit: jax.Array) -> jax.Array:
+    return jnp.maximum(limit, 0)
+
+
+def _scalar(entry: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    if isinstance(entry, optax.GradientTransformation):
+        return jnp.full((), jnp.inf, dtype)  # a rule for none of these scopes
+    limit = jnp.asarray(entry(count) if callable(entry) else entry)
+    if limit.shape != ():
+        raise ValueError(
+            f"Expected a schedule that returns a scalar, got shape {limit.shape}."
+        )
+    return limit.astype(dtype)
+
+
+def _is_schedule(entry: Any) -> bool:
+    return callable(entry) and not isinstance(entry, optax.GradientTransformation)

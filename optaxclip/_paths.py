@@ -1,0 +1,133 @@
+"""Which leaf is meant: readable paths, and the patterns that name them.
+
+A leaf's path is written ``a/b/c``. A pattern names a leaf or a whole subtree and may
+begin at any module boundary; a leading ``/`` anchors it at the root, ``*`` stands for
+one part or a piece of one, ``**`` for any number of parts. Of several patterns that
+match a leaf the most specific one wins, so their order never matters.
+"""
+
+import collections
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, KeyPath, keystr
+
+Specificity = tuple[
+    int, int, int
+]  # parts without a `*`, with a piece of one, `*` alone
+
+
+def paths(tree: Any) -> list[str]:
+    """Returns the path of every leaf of ``tree``, in tree order."""
+    keypaths = [keypath for keypath, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    families = collections.Counter(keypath[:-1] for keypath in keypaths)
+    return [
+        _path(keypath, only_child=families[keypath[:-1]] == 1) for keypath in keypaths
+    ]
+
+
+def layer(path: str) -> str:
+    """Returns the module path of a leaf: its path without the last part."""
+    return path.rpartition("/")[0]
+
+
+def resolve(
+    patterns: Iterable[str], paths: Sequence[str], what: str
+) -> list[str | None]:
+    """Returns the winning pattern of each path, None where no pattern matches.
+
+    Raises:
+      TypeError, ValueError: a pattern is not a string or is empty, matches nothing, or
+        two equally specific ones match one leaf. ``what`` names the argument in the
+        message.
+    """
+    patterns = sorted(patterns, key=_checked)
+    winners = [_most_specific(patterns, path, what) for path in paths]
+    for pattern in patterns:
+        if paths and not any(_matches(pattern, path) for path in paths):
+            raise ValueError(
+                f"Every pattern of {what} has to match a leaf: {pattern!r} matches"
+                f" none. {_listing(paths)}"
+            )
+    return winners
+
+
+def cover(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[str]:
+    """Returns the winning pattern of each path; every path needs one."""
+    patterns = list(patterns)
+    winners = resolve(patterns, paths, what)
+    for path, winner in zip(paths, winners, strict=True):
+        if winner is None:
+            raise ValueError(
+                f"Every leaf needs an entry in {what}: no pattern matches {path!r}."
+                f" Patterns: {sorted(patterns)}. Add '**' to cover the rest."
+            )
+    return [winner for winner in winners if winner is not None]
+
+
+def _path(keypath: KeyPath, only_child: bool) -> str:
+    """Drops the `value` of nnx Variables and linen boxes, which updates lack."""
+    if only_child and len(keypath) > 1 and keypath[-1] == GetAttrKey("value"):
+        keypath = keypath[:-1]
+    return keystr(keypath, simple=True, separator="/")
+
+
+def _checked(pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"Expected path patterns such as 'encoder/*', got {pattern!r} of type"
+            f" {type(pattern).__name__}. Write the leaf's path as a string."
+        )
+    if not pattern.strip("/"):
+        raise ValueError(
+            f"Expected path patterns such as 'encoder/*', got {pattern!r}."
+            " Write '**' to mean every leaf."
+        )
+    return pattern
+
+
+def _most_specific(patterns: list[str], path: str, what: str) -> str | None:
+    matching = [pattern for pattern in patterns if _matches(pattern, path)]
+    if not matching:
+        return None
+    best = max(map(_specificity, matching))
+    winners = [pattern for pattern in matching if _specificity(pattern) == best]
+    if len(winners) > 1:
+        raise ValueError(
+            f"Expected one most specific pattern for {path!r} in {what}, got"
+            f" {winners}, which are equally specific. Write more of the path in one."
+        )
+    return winners[0]
+
+
+def _matches(pattern: str, path: str) -> bool:
+    parts = "".join(part + "/" for part in path.split("/") if part)
+    return _regex(pattern).fullmatch(parts) is not None
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    any_parts = "(?:[^/]+/)*"
+    middle = [
+        any_parts if part == "**" else re.escape(part).replace(r"\*", "[^/]*") + "/"
+        for part in _parts(pattern)
+    ]
+    start = "" if pattern.startswith("/") else any_parts
+    return re.compile(start + "".join(middle) + any_parts)
+
+
+def _specificity(pattern: str) -> Specificity:
+    parts = [part for part in _parts(pattern) if part != "**"]
+    literal = sum("*" not in part for part in parts)
+    alone = sum(part == "*" for part in parts)
+    return literal, len(parts) - literal - alone, alone
+
+
+def _parts(pattern: str) -> list[str]:
+    return [part for part in pattern.split("/") if part]
+
+
+def _listing(paths: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return f"The leaves are {list(paths[:most])}{more}."

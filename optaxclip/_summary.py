@@ -1,0 +1,123 @@
+"""What the clips of an optimizer did, under names that a logger can use."""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import DictKey
+
+from optaxclip import _leaves, _paths
+from optaxclip._engine import ClipState
+from optaxclip._values import ClipByValueState
+
+Names = tuple[list[str], list[str]]  # of leaves and of layers
+
+
+def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
+    """Returns the statistics of every clip in an optimizer's state, flat and named.
+
+    Finds clips wherever they are: in ``optax.chain``, ``masked``, ``partition``,
+    ``MultiSteps``, ``inject_hyperparams``, a Flax ``TrainState``, an ``nnx.Optimizer``.
+
+    A single clip is called ``clip``, several ``clip_0``, ``clip_1``, ... in their
+    order; labels of ``optax.partition`` follow the name. For each clip there are
+
+      * ``clip/norm``: norm before the clip;
+      * ``clip/max_norm``: threshold, infinite where there was none;
+      * ``clip/factor``: what the updates were multiplied by;
+      * ``clip/clipped_fraction``: share of steps so far whose factor was below 1;
+      * ``clip/update_count``: steps so far.
+
+    The first four are of the last step, one for each scope:
+    ``clip/norm/encoder/kernel`` for leaves, ``clip/norm/encoder`` for layers.
+    :func:`clip_by_value` only counts its steps.
+
+    Args:
+      opt_state: state of an optimizer, or anything that holds one.
+      params: the parameters, to name scopes by. Without them, and for clips that saw
+        only some of them or have groups of their own, scopes are numbered.
+
+    Returns:
+      Scalars by name; works under ``jit`` as well. Of a state with a batch axis, made
+      by ``vmap``, take ``jax.vmap(summary)``.
+
+    Raises:
+      ValueError: there is no clip in ``opt_state``.
+
+    Examples:
+      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> _, opt_state = tx.update(params, tx.init(params))
+      >>> for name, value in optaxclip.summary(opt_state).items():
+      ...     print(f"{name:22} {value:.1f}")
+      clip/norm              5.0
+      clip/max_norm          1.0
+      clip/factor            0.2
+      clip/clipped_fraction  1.0
+      clip/update_count      1.0
+    """
+    found = list(_clips(opt_state, params))
+    if not found:
+        raise ValueError(
+            "Expected the state of an optimizer with a clip of this library in it, got"
+            f" {type(opt_state).__name__} without one. Pass what `tx.init` or"
+            " `tx.update` returned."
+        )
+    same = collections.Counter(labels for labels, _, _ in found)
+    seen: collections.Counter[str] = collections.Counter()
+    result = {}
+    for labels, state, names in found:
+        name = "clip" if same[labels] == 1 else f"clip_{seen[labels]}"
+        seen[labels] += 1
+        for key, value in _statistics(state, names).items():
+            result[f"{name}{labels}/{key}"] = value
+    return result
+
+
+def _clips(node: Any, params: Any, above: str = "") -> Iterator[tuple[str, Any, Names]]:
+    """Yields the labels, the state and the possible names of scopes of every clip."""
+    leaves = [] if params is None else _leaves.flatten(params, abstract=True).paths()
+    layers = list(dict.fromkeys(_paths.layer(path) or "root" for path in leaves))
+    stops = ClipState | ClipByValueState | optax.MaskedState
+    for keypath, leaf in jax.tree_util.tree_leaves_with_path(
+        node, is_leaf=lambda x: isinstance(x, stops)
+    ):
+        keys = [key.key for key in keypath if isinstance(key, DictKey)]
+        labels = above + "".join(f"/{key}" for key in keys)
+        if isinstance(leaf, optax.MaskedState):
+            # It saw some of the params only: as many scopes as layers may be leaves.
+            for below, state, (names, _) in _clips(leaf.inner_state, params, labels):
+                yield below, state, (names, [])
+        elif isinstance(leaf, stops):
+            yield labels, leaf, (leaves, layers)
+
+
+def _statistics(state: Any, names: Names) -> dict[str, jax.Array]:
+    count = _array(state.update_count)
+    if isinstance(state, ClipByValueState):
+        return {"update_count": count}
+    columns = {
+        "norm": _array(state.norms),
+        "max_norm": _array(state.max_norms),
+        "factor": _array(state.factors),
+        "clipped_fraction": _array(state.clipped_count) / jnp.maximum(count, 1),
+    }
+    result = {}
+    for key, values in columns.items():
+        if values.ndim == 0:
+            result[key] = values
+        else:
+            numbers = [str(i) for i in range(values.shape[0])]
+            fitting = [some for some in names if len(some) == len(numbers)]
+            named = zip((*fitting, numbers)[0], values, strict=True)
+            result |= {f"{key}/{name}": value for name, value in named}
+    return result | {"update_count": count}
+
+
+def _array(field: Any) -> jax.Array:
+    """An `nnx.Optimizer` keeps each array in a variable of its own."""
+    (array,) = jax.tree.leaves(field)
+    return jnp.asarray(array)

@@ -1,0 +1,181 @@
+"""Elementwise clipping: no norm, so not on the engine."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import _checks, _leaves, _paths, _reduce
+
+Range = ArrayLike | tuple[ArrayLike, ArrayLike]
+Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Range]]
+
+
+class ClipByValueState(NamedTuple):
+    """State of :func:`clip_by_value`.
+
+    Attributes:
+      update_count: updates seen, shape ``()``, int32.
+    """
+
+    update_count: jax.Array
+
+
+def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
+    r"""Clips every element of the updates into a range.
+
+    .. math:: u_i \leftarrow \min(\max(u_i, \text{low}), \text{high})
+
+    Directions are not kept. Keras calls it ``clipvalue``, PyTorch ``clip_grad_value_``.
+
+    Guarantees:
+      * Structure, shapes and dtypes of the updates are kept.
+      * Elements within the range come back bit for bit; zeros stay zeros.
+      * An infinity becomes the bound; a NaN stays NaN.
+      * Complex elements are clipped by their modulus and keep their direction; a
+        complex infinity has none, and becomes NaN.
+
+    Args:
+      limit: largest modulus allowed, for the range [-limit, limit]; or a pair (low,
+        high) with low <= 0 <= high; or a schedule ``count -> limit``; or a mapping from
+        path patterns to any of these, such as ``{"lstm": 10.0, "head": (-100.0,
+        100.0)}``. Numbers may be traced, and of any float dtype; a traced bound on the
+        wrong side of 0 counts as 0.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`ClipByValueState`. Without a schedule, ``update`` also takes None or
+      ``optax.EmptyState()`` for the state, and returns it unchanged.
+
+    Raises:
+      TypeError: a limit that is not a number, a pair, a schedule or a mapping.
+      ValueError: a negative or NaN limit, a range without 0, a range for a complex
+        leaf, patterns that match nothing or don't cover a leaf.
+
+    Examples:
+      >>> clip = optaxclip.clip_by_value({"head": (-1.0, 2.0), "**": 0.5})
+      >>> grads = {"body": jnp.array([3.0, -0.1]), "head": jnp.array([3.0, -3.0])}
+      >>> updates, _ = clip.update(grads, clip.init(grads))
+      >>> print(updates["body"], updates["head"])
+      [ 0.5 -0.1] [ 2. -1.]
+
+    References:
+      Graves, `Generating Sequences With Recurrent Neural Networks
+      <https://arxiv.org/abs/1308.0850>`_, 2013
+    """
+    _check(limit, "limit")
+
+    def init_fn(params: optax.Params) -> ClipByValueState:
+        _entries(limit, _leaves.flatten(params, abstract=True))
+        return ClipByValueState(jnp.zeros((), jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        del params, extra_args
+        leaves = _leaves.flatten(updates)
+        entries = _entries(limit, leaves)
+        old: Any = None if isinstance(state, optax.EmptyState) else state
+        _checks.state(old, ClipByValueState)
+        if old is None:
+            if any(map(callable, entries)):
+                raise ValueError(
+                    "Expected the state of this clip, whose limit is a schedule, got"
+                    " none. Call `state = clip.init(params)` once and pass the"
+                    " state along."
+                )
+            new_state = state
+        else:
+            count = jnp.asarray(optax.safe_increment(old.update_count))
+            new_state = ClipByValueState(count)
+            entries = [e(old.update_count) if callable(e) else e for e in entries]
+        paths = leaves.paths()
+        clipped = [
+            _clipped(leaves.leaves[i], entry, leaves.dtype, path)
+            for i, entry, path in zip(leaves.counted, entries, paths, strict=True)
+        ]
+        return leaves.replaced(clipped), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clip(max_delta: Limit) -> optax.GradientTransformationExtraArgs:
+    """Clips every element into [-max_delta, max_delta]: :func:`clip_by_value`.
+
+    Under the name and with the argument of ``optax.clip``, for which it is a drop-in.
+
+    Examples:
+      >>> updates, _ = optaxclip.clip(1.0).update(jnp.array([0.5, -2.0]), None)
+      >>> print(updates)
+      [ 0.5 -1. ]
+    """
+    _check(max_delta, "max_delta")
+    return clip_by_value(max_delta)
+
+
+def _entries(limit: Limit, leaves: _leaves.Leaves) -> list[Any]:
+    """Returns the limit of every counted leaf."""
+    if not isinstance(limit, Mapping):
+        return [limit] * len(leaves.counted)
+    return [
+        limit[pattern] for pattern in _paths.cover(limit, leaves.paths(), "`limit`")
+    ]
+
+
+def _clipped(leaf: Any, limit: Any, dtype: Any, path: str) -> jax.Array:
+    wide = _leaves.widen(leaf, dtype)
+    if jnp.iscomplexobj(wide):
+        if isinstance(limit, tuple):
+            raise ValueError(
+                f"Expected one limit for the modulus of the complex leaf {path!r}, got"
+                f" the range {limit}. Give this leaf a number: a mapping has one per"
+                " pattern."
+            )
+        clipped, outside = _by_modulus(wide, _bound(limit, dtype))
+    else:
+        ends = limit if isinstance(limit, tuple) else (-jnp.asarray(limit), limit)
+        low, high = -_bound(-jnp.asarray(ends[0]), dtype), _bound(ends[1], dtype)
+        largest = jnp.finfo(_leaves.narrow(wide, leaf).dtype).max.astype(dtype)
+        clipped = jnp.clip(jnp.clip(wide, low, high), -largest, largest)
+        outside = (wide < low) | (wide > high)
+    clipped = _leaves.narrow(clipped, leaf)
+    return jnp.where(outside, clipped, jnp.asarray(leaf, clipped.dtype))
+
+
+def _bound(limit: Any, dtype: Any) -> jax.Array:
+    return jnp.maximum(jnp.asarray(limit, dtype), 0)
+
+
+def _by_modulus(z: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Measures in units of the larger part, whose squares cannot overflow."""
+    unit = jnp.maximum(jnp.abs(z.real), jnp.abs(z.imag))
+    unit = jax.lax.stop_gradient(jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1))
+    z = z / unit
+    modulus = _reduce.root(_reduce.square(z), 2)
+    outside = modulus > limit / unit
+    return z * (limit / jnp.where(outside, modulus, 1)), outside
+
+
+def _check(limit: Any, what: str) -> None:
+    if isinstance(limit, Mapping):
+        _checks.mapping(limit, what, _check)
+    elif isinstance(limit, tuple | list):
+        _check_range(limit, what)
+    elif not callable(limit):
+        _checks.number(limit, what)
+
+
+def _check_range(limit: Any, what: str) -> None:
+    if len(limit) != 2:
+        raise ValueError(f"Expected {what} to be a pair (low, high), got {limit}.")
+    for bound, name in zip(limit, ("low", "high"), strict=True):
+        _checks.number(bound, f"{name} of {what}", minimum=-jnp.inf)
+    static = [bound for bound in limit if isinstance(bound, _checks.STATIC)]
+    if len(static) == 2 and not limit[0] <= 0 <= limit[1]:
+        raise ValueError(
+            f"Expected low <= 0 <= high in {what}, got {limit}:"
+            " zeros have to stay zeros."
+        )

@@ -1,0 +1,488 @@
+"""What every clip owes, over all clips and dtypes.
+
+The table is `helpers.TABLE`. Nothing here is skipped or loosened for one clip: where a
+promise has no meaning for a clip, the clip is named below with the reason.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+
+import helpers
+from helpers import (
+    clips,
+    every_clip,
+    first_step,
+    jitted_run,
+    named,
+    oc,
+    references,
+    three_steps,
+)
+
+pytestmark = pytest.mark.usefixtures("strict_shapes")
+
+# The exemptions: {clip: reason}.
+ALWAYS_ACTIVE = {
+    "normalize": "sets the norm, also of a small update",
+    "normalize_by_update_norm": "sets the norm, also of a small update",
+    "soften": "shrinks every update a little",
+}
+NEVER_INFINITE = {
+    "normalize": "would ask for an infinite norm",
+    "normalize_by_update_norm": "would ask for an infinite norm",
+}
+NOT_ZERO_AT_ONCE = {
+    "lagged_global": "the first step has no history, so it allows everything",
+    "lagged_leaf": "the first step has no history, so it allows everything",
+    "clipped_history": "the first step has no history, so it allows everything",
+    "mapping_of_rules": "the first step of its rule has no history",
+    "agc_excluding": "an excluded leaf is never clipped",
+}
+NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE}
+# The exemptions by dtype: {(clip, dtype): reason}.
+NO_ORDER = {
+    ("value_asymmetric", "complex64"): "complex numbers have no order: see test_errors"
+}
+NO_INFINITY = {
+    (name, "float8_e4m3fn"): "the format has no infinity" for name in clips
+} | {
+    (name, "complex64"): "an infinite complex number has no direction to keep"
+    for name in helpers.ELEMENTWISE
+}
+
+EVERY_PAIR = [(name, dtype) for dtype in helpers.DTYPES for name in clips]
+
+
+def every_clip_and_dtype(exempt: dict[Any, str]):
+    """Parametrizes over all pairs less those named, by clip or by clip and dtype."""
+    pairs = [pair for pair in EVERY_PAIR if not exempt.keys() & {pair, pair[0]}]
+    return pytest.mark.parametrize(("name", "dtype"), pairs, indirect=["dtype"])
+
+
+# --------------------------------------------------------------------------------------
+# Over clips and dtypes
+# --------------------------------------------------------------------------------------
+
+
+def step_and_reference(name, dtype, updates, params):
+    clipped, _ = first_step(name, str(dtype))(updates, params)
+    return clipped, references[name](helpers.truth(updates), helpers.truth(params))
+
+
+@every_clip_and_dtype(exempt=NO_ORDER)
+def test_keeps_structure_shapes_and_dtypes(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    clipped, _ = first_step(name, str(dtype))(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
+
+
+@every_clip_and_dtype(exempt=NO_ORDER)
+def test_the_first_step_is_the_formula_in_float64_rounded_once(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    clipped, expected = step_and_reference(name, dtype, updates, params)
+    helpers.assert_close(clipped, expected)
+
+
+@every_clip_and_dtype(exempt=NO_ORDER)
+def test_a_nan_makes_its_whole_scope_nan_and_leaves_the_others(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    updates = helpers.vary(updates, "dense/kernel", np.nan)
+    clipped, expected = step_and_reference(name, dtype, updates, params)
+    assert np.isnan(expected["dense"]["kernel"]).any()
+    helpers.assert_close(clipped, expected)
+
+
+@every_clip_and_dtype(exempt=NO_ORDER | NO_INFINITY)
+def test_an_infinity_makes_its_scope_nan_or_becomes_the_bound(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    updates = helpers.vary(updates, "dense/kernel", -np.inf)
+    clipped, expected = step_and_reference(name, dtype, updates, params)
+    finite = np.isfinite(expected["dense"]["kernel"]).all()
+    assert finite == (name in helpers.ELEMENTWISE)
+    helpers.assert_close(clipped, expected)
+
+
+@every_clip_and_dtype(exempt=NO_ORDER)
+def test_zeros_stay_zeros(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    clipped, _ = first_step(name, str(dtype))(zeros, params)
+    chex.assert_trees_all_equal(clipped, zeros)
+
+
+def with_odd_values(updates):
+    """A subnormal and a negative zero, which a multiplication by 1 would lose."""
+    smallest = jnp.finfo(updates["dense"]["kernel"].dtype).smallest_subnormal
+    updates = helpers.vary(updates, "dense/kernel", smallest)
+    return helpers.vary(updates, "dense/bias", -0.0)
+
+
+@every_clip_and_dtype(exempt=NO_ORDER | ALWAYS_ACTIVE)
+def test_an_update_that_needs_no_clipping_comes_back_bit_for_bit(name, dtype):
+    updates, params = helpers.updates_and_params(dtype)
+    updates = with_odd_values(updates)
+    clipped, state = first_step(name, str(dtype))(updates, params, 1024.0)
+    assert helpers.bits(clipped) == helpers.bits(updates)
+    factor = getattr(state, "factors", jnp.ones(()))
+    np.testing.assert_array_equal(factor, jnp.ones_like(factor))
+
+
+# --------------------------------------------------------------------------------------
+# Thresholds at their limits
+# --------------------------------------------------------------------------------------
+
+
+@every_clip(exempt=NEVER_INFINITE)
+def test_an_infinite_threshold_is_the_identity(name):
+    updates, params = helpers.updates_and_params()
+    updates = with_odd_values(updates)
+    clipped, _ = first_step(name)(updates, params, float("inf"))
+    assert helpers.bits(clipped) == helpers.bits(updates)
+
+
+@every_clip(exempt=NOT_ZERO_AT_ONCE)
+def test_a_zero_threshold_gives_zeros(name):
+    updates, params = helpers.updates_and_params()
+    clipped, _ = first_step(name)(updates, params, 0.0)
+    chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.zeros_like, updates))
+
+
+# --------------------------------------------------------------------------------------
+# JAX's transformations
+# --------------------------------------------------------------------------------------
+
+
+@every_clip()
+def test_jit_is_eager_with_a_single_trace(name):
+    clip, jitted, jitted_state, params = jitted_run(name)
+    eager, eager_state = helpers.run(clip, clip.update, three_steps(), params)
+    helpers.assert_close(jitted, eager)
+    assert helpers.types(jitted_state) == helpers.types(eager_state)
+    chex.assert_trees_all_close(jitted_state, eager_state, rtol=2e-6)
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+
+@every_clip()
+def test_the_state_is_a_scan_carry(name):
+    clip, looped, looped_state, params = jitted_run(name)
+
+    def body(state, updates):
+        updates, state = clip.update(updates, state, params)
+        return state, updates
+
+    fresh, scan = clip.init(params), functools.partial(jax.lax.scan, body)
+    state, scanned = jax.jit(scan)(fresh, stacked(three_steps()))
+    assert helpers.types(state) == helpers.types(fresh)
+    helpers.assert_close(scanned, stacked(looped))
+    chex.assert_trees_all_close(state, looped_state, rtol=2e-6)
+
+
+@every_clip()
+def test_the_state_keeps_its_types_under_x64(name, x64):
+    clip = clips[name]()
+    wide = helpers.random_tree("float64")
+    mixed = wide | {"dense": helpers.random_tree("float32")["dense"]}
+    fresh = jax.eval_shape(clip.init, mixed)
+    _, state = jax.eval_shape(clip.update, mixed, fresh, mixed)
+    assert helpers.types(state) == helpers.types(fresh)
+
+
+@every_clip()
+def test_vmap_over_updates_and_thresholds_is_a_loop(name):
+    params, sweep = helpers.random_tree(seed=9), jnp.array([0.5, 1.0, 4.0])
+    vmapped, states = jax.jit(jax.vmap(first_step(name), (0, None, 0)))(
+        stacked(three_steps()), params, sweep
+    )
+    looped = [
+        first_step(name)(updates, params, t)
+        for updates, t in zip(three_steps(), sweep, strict=True)
+    ]
+    helpers.assert_close(vmapped, stacked([updates for updates, _ in looped]))
+    chex.assert_trees_all_close(states, stacked([s for _, s in looped]), rtol=2e-6)
+
+
+@functools.cache
+def derivative(name):
+    clip, params = clips[name](), helpers.random_tree(seed=9)
+
+    def loss(updates):
+        clipped, _ = clip.update(updates, clip.init(params), params)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(clipped))
+
+    return jax.jit(jax.grad(loss))
+
+
+@every_clip()
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 2.0])
+def test_the_derivative_is_finite(name, scale):
+    gradient = derivative(name)(helpers.random_tree(seed=1, scale=scale))
+    chex.assert_tree_all_finite(gradient)
+
+
+@every_clip()
+def test_updates_and_state_can_be_donated(name):
+    clip, kept, kept_state, params = jitted_run(name)
+    donating = jax.jit(clip.update, donate_argnums=(0, 1))
+    donated, state = helpers.run(clip, donating, three_steps(), params)
+    chex.assert_trees_all_equal(donated, kept)
+    chex.assert_trees_all_equal(state, kept_state)
+
+
+@every_clip()
+def test_eval_shape_agrees_with_the_run(name):
+    clip, clipped, state, params = jitted_run(name)
+    shapes = jax.eval_shape(lambda x: x, params)
+    state_shapes = jax.eval_shape(clip.init, shapes)
+    out_shapes = jax.eval_shape(clip.update, shapes, state_shapes, shapes)
+    assert helpers.types(out_shapes) == helpers.types((clipped[-1], state))
+
+
+@every_clip()
+def test_init_accepts_shapes_in_place_of_arrays(name):
+    clip, params = clips[name](), helpers.random_tree()
+    shapes = jax.eval_shape(lambda x: x, params)
+    chex.assert_trees_all_equal(clip.init(shapes), clip.init(params))
+
+
+@every_clip()
+def test_unknown_extra_arguments_are_ignored(name):
+    clip = clips[name]()
+    updates, params = helpers.updates_and_params()
+    extra = functools.partial(clip.update, value=1.0, something_else="x")
+    arguments = (updates, clip.init(params), params)
+    plain = jax.make_jaxpr(clip.update)(*arguments)
+    assert str(jax.make_jaxpr(extra)(*arguments)) == str(plain)
+
+
+# --------------------------------------------------------------------------------------
+# Leaves that are no arrays of floats
+# --------------------------------------------------------------------------------------
+
+OTHERS = {
+    "count": jnp.arange(3),
+    "flag": jnp.array(True),
+    "nothing": None,
+    "masked": optax.MaskedNode(),
+    "key": jax.random.key(0),
+    "empty": jnp.zeros((0, 3)),
+    "float0": np.zeros((2,), jax.dtypes.float0),
+}
+
+
+@every_clip()
+def test_other_leaves_pass_through_and_are_not_counted(name):
+    clip = clips[name]()
+    updates, params = helpers.updates_and_params()
+    passed = []
+
+    def step(updates, params):
+        more, more_params = updates | {"others": OTHERS}, params | {"others": OTHERS}
+        clipped, state = clip.update(more, clip.init(more_params), more_params)
+        passed.append(clipped.pop("others"))
+        return clipped, state
+
+    clipped, state = jax.jit(step)(updates, params)
+    assert jax.tree.structure(passed) == jax.tree.structure([OTHERS])
+    pairs = zip(jax.tree.leaves(passed), jax.tree.leaves(OTHERS), strict=True)
+    assert all(after is before for after, before in pairs)
+    alone, state_alone = first_step(name)(updates, params)
+    helpers.assert_close(clipped, alone)
+    if name not in NO_NORM:
+        assert helpers.types(state) == helpers.types(state_alone)
+
+
+@every_clip()
+@pytest.mark.parametrize("empty", [{}, None, {"a": None}], ids=str)
+def test_an_empty_tree_is_fine(name, empty):
+    clip = clips[name]()
+    clipped, _ = clip.update(empty, clip.init(empty), empty)
+    assert clipped == empty
+
+
+@every_clip()
+def test_numpy_arrays_and_python_numbers_are_leaves(name):
+    clip = clips[name]()
+    updates, params = helpers.updates_and_params()
+    as_numpy = jax.tree.map(np.asarray, updates)
+    as_numpy["dense"]["bias"] = 3.0
+    updates["dense"]["bias"] = jnp.float32(3.0)
+    params["dense"]["bias"] = jnp.float32(1.0)
+
+    def both():
+        # Closed over, the leaves reach the clip as they are.
+        one, _ = clip.update(as_numpy, clip.init(params), params)
+        two, _ = clip.update(updates, clip.init(params), params)
+        return one, two
+
+    one, two = jax.jit(both)()
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, updates)
+    helpers.assert_close(one, two)
+
+
+# --------------------------------------------------------------------------------------
+# Optax's wrappers
+# --------------------------------------------------------------------------------------
+
+KERNELS = {"dense": {"bias": False, "kernel": True}, "head": {"kernel": True}}
+
+
+@functools.cache
+def clipped_kernels(name):
+    """The clip on a tree of the kernels alone, the rest as they were."""
+    updates, params = helpers.updates_and_params()
+    inside = {layer: {"kernel": updates[layer]["kernel"]} for layer in updates}
+    outside = {layer: {"kernel": params[layer]["kernel"]} for layer in params}
+    clipped, _ = first_step(name)(inside, outside)
+    return {layer: updates[layer] | clipped[layer] for layer in updates}
+
+
+@every_clip()
+def test_masked_clips_what_the_mask_names(name):
+    updates, params = helpers.updates_and_params()
+    masked = optax.masked(clips[name](), KERNELS)
+    clipped, _ = jax.jit(masked.update)(updates, masked.init(params), params)
+    helpers.assert_close(clipped, clipped_kernels(name))
+
+
+@every_clip()
+def test_partition_clips_its_own_part(name):
+    updates, params = helpers.updates_and_params()
+    labels = jax.tree.map(lambda inside: "clip" if inside else "keep", KERNELS)
+    parts = optax.partition({"clip": clips[name](), "keep": optax.identity()}, labels)
+    clipped, _ = jax.jit(parts.update)(updates, parts.init(params), params)
+    helpers.assert_close(clipped, clipped_kernels(name))
+
+
+@every_clip()
+def test_multi_steps_clips_the_mean(name):
+    params, (first, second, _) = helpers.random_tree(seed=9), three_steps()
+    wrapped = optax.MultiSteps(clips[name](), every_k_schedule=2)
+    update = jax.jit(wrapped.update)
+    (nothing, clipped), _ = helpers.run(wrapped, update, [first, second], params)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+    chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, mean))
+    expected, _ = first_step(name)(mean, params)
+    chex.assert_trees_all_close(clipped, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", named)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inject_hyperparams_needs_no_static_args(name, dtype):
+    factory, arguments = named[name]
+    updates, params = helpers.updates_and_params(dtype)
+    plain: Any = factory(**arguments)
+    injected: Any = optax.inject_hyperparams(factory)(**arguments)
+    fresh = injected.init(params)
+
+    def both(updates):
+        expected, _ = plain.update(updates, plain.init(params), params)
+        return expected, *injected.update(updates, fresh, params)
+
+    expected, clipped, state = jax.jit(both)(updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(clipped, updates)
+    helpers.assert_close(clipped, expected)
+    assert helpers.types(state) == helpers.types(fresh)
+
+
+@every_clip()
+def test_no_part_of_the_state_is_taken_for_params(name):
+    clip, params = clips[name](), helpers.random_tree()
+    kinds = optax.tree.map_params(
+        clip,
+        lambda _: "params",
+        clip.init(params),
+        transform_non_params=lambda _: "own",
+    )
+    assert "params" not in jax.tree.leaves(kinds)
+    assert jax.tree.structure(kinds) == jax.tree.structure(clip.init(params))
+
+
+# --------------------------------------------------------------------------------------
+# Checkpoints
+# --------------------------------------------------------------------------------------
+
+
+def state_after_a_step(name):
+    return first_step(name)(*helpers.updates_and_params())[1]
+
+
+def a_used_state(name):
+    """A state unlike the fresh one, made without running the clip."""
+    fresh = clips[name]().init(helpers.random_tree())
+    leaves = [np.asarray(x) for x in jax.tree.leaves(fresh)]
+    used = [jnp.asarray(np.full_like(x, i + 2)) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(jax.tree.structure(fresh), used)
+
+
+@pytest.fixture(scope="module")
+def restored_by_orbax(tmp_path_factory):
+    """All states through one Orbax checkpoint: writing one each takes a minute."""
+    folder = tmp_path_factory.mktemp("orbax") / "states"
+    states = {name: a_used_state(name) for name in clips}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, states)
+        checkpointer.wait_until_finished()
+        fresh = {name: clips[name]().init(helpers.random_tree()) for name in clips}
+        return checkpointer.restore(folder, fresh)
+
+
+@every_clip()
+def test_orbax_restores_the_state(name, restored_by_orbax):
+    state = a_used_state(name)
+    chex.assert_trees_all_equal(restored_by_orbax[name], state)
+    assert helpers.types(restored_by_orbax[name]) == helpers.types(state)
+
+
+@every_clip()
+def test_flax_serialization_restores_the_state(name):
+    state, fresh = a_used_state(name), clips[name]().init(helpers.random_tree())
+    restored = flax.serialization.from_bytes(fresh, flax.serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+    assert helpers.types(restored) == helpers.types(state)
+
+
+# --------------------------------------------------------------------------------------
+# The statistics
+# --------------------------------------------------------------------------------------
+
+
+@every_clip(exempt=NO_NORM)
+def test_a_fresh_state_says_that_nothing_was_seen(name):
+    state = clips[name]().init(helpers.random_tree())
+    assert isinstance(state, oc.ClipState)
+    shape = jnp.shape(state.norms)
+    np.testing.assert_array_equal(state.norms, np.zeros(shape))
+    np.testing.assert_array_equal(state.max_norms, np.full(shape, np.inf))
+    np.testing.assert_array_equal(state.factors, np.ones(shape))
+    np.testing.assert_array_equal(state.clipped_count, np.zeros(shape))
+    assert int(state.update_count) == 0
+
+
+@every_clip(exempt=NO_NORM)
+def test_the_statistics_have_their_documented_types(name):
+    state = state_after_a_step(name)
+    shape = jnp.shape(state.norms)
+    measured = (state.norms, state.max_norms, state.factors, state.clipped_count)
+    dtypes = [x.dtype for x in (*measured, state.update_count)]
+    assert [x.shape for x in measured] == [shape] * 4
+    assert dtypes == [jnp.float32] * 3 + [jnp.int32] * 2
+    assert state.update_count.shape == ()
+    assert int(state.update_count) == 1
+
+
+@every_clip(exempt=NO_NORM)
+def test_the_recorded_factor_counts_as_clipped_when_below_one(name):
+    state = state_after_a_step(name)
+    np.testing.assert_array_equal(state.clipped_count, np.asarray(state.factors) < 1)

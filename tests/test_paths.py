@@ -1,0 +1,179 @@
+"""Path patterns, seen through `clip_by_value({pattern: limit})`.
+
+Every leaf is 1000, so the clipped value tells which pattern won.
+"""
+
+import collections
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from helpers import oc
+
+pytestmark = pytest.mark.usefixtures("strict_shapes")
+
+
+def tree_of(paths):
+    tree = {}
+    for path in paths:
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jnp.array(1000.0)
+    return tree
+
+
+def winners(limits, tree):
+    clip = oc.clip_by_value(limits)
+    clipped, _ = clip.update(tree, clip.init(tree))
+    leaves = jax.tree_util.tree_leaves_with_path(clipped)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(leaf)
+        for path, leaf in leaves
+    }
+
+
+MODEL = (
+    "encoder/block_0/attention/kernel",
+    "encoder/block_0/mlp/kernel",
+    "encoder/block_1/mlp/kernel",
+    "encoder/norm/scale",
+    "head/bias",
+    "head/kernel",
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("head/kernel", {"head/kernel"}),
+        ("head", {"head/bias", "head/kernel"}),
+        ("kernel", {p for p in MODEL if p.endswith("kernel")}),
+        ("mlp", {p for p in MODEL if "mlp" in p}),
+        ("mlp/kernel", {p for p in MODEL if "mlp" in p}),
+        ("block_0", {p for p in MODEL if "block_0" in p}),
+        ("block_*", {p for p in MODEL if "block" in p}),
+        ("block_*/mlp", {p for p in MODEL if "mlp" in p}),
+        ("encoder/*/mlp", {p for p in MODEL if "mlp" in p}),
+        ("encoder/*/kernel", set()),
+        ("encoder/**/kernel", {p for p in MODEL[:3]}),
+        ("encoder/*/*/kernel", {p for p in MODEL[:3]}),
+        ("*/bias", {"head/bias"}),
+        ("h*", {"head/bias", "head/kernel"}),
+        ("/head", {"head/bias", "head/kernel"}),
+        ("/kernel", set()),
+        ("/encoder/block_1", {"encoder/block_1/mlp/kernel"}),
+        ("/*/kernel", {"head/kernel"}),
+        ("/**/kernel", {p for p in MODEL if p.endswith("kernel")}),
+        ("**", set(MODEL)),
+        ("*", set(MODEL)),
+        ("ead", set()),
+        ("head/ker", set()),
+        ("block", set()),
+        ("Head", set()),
+        ("head.kernel", set()),
+        ("block_[01]", set()),
+        ("block_?", set()),
+    ],
+)
+def test_a_pattern_names_leaves_and_subtrees(pattern, matched):
+    if not matched:
+        with pytest.raises(ValueError, match="match"):
+            winners({pattern: 1.0, "**": 2.0}, tree_of(MODEL))
+        return
+    # An infinite default is the least specific, so every match is seen.
+    limits = {"**": 2.0} | {pattern: 1.0}
+    seen = winners(limits, tree_of(MODEL))
+    assert {path for path, value in seen.items() if value == 1.0} == matched
+
+
+@pytest.mark.parametrize(
+    ("limits", "winner"),
+    [
+        ({"kernel": 1.0, "head/kernel": 2.0, "**": 3.0}, 2.0),
+        ({"**": 3.0, "head/kernel": 2.0, "kernel": 1.0}, 2.0),
+        ({"head": 1.0, "/head/kernel": 2.0, "**": 3.0}, 2.0),
+        ({"head": 1.0, "**": 3.0}, 1.0),
+        ({"*": 4.0, "head": 1.0}, 1.0),
+        ({"**/kernel": 1.0, "head/*": 2.0, "head/kernel": 5.0, "**": 3.0}, 5.0),
+    ],
+)
+def test_the_most_specific_pattern_wins_in_any_order(limits, winner):
+    assert winners(limits, tree_of(MODEL))["head/kernel"] == winner
+
+
+def test_two_equally_specific_patterns_on_one_leaf_raise():
+    with pytest.raises(ValueError, match=r"head/kernel") as error:
+        winners({"head": 1.0, "kernel": 2.0, "**": 3.0}, tree_of(MODEL))
+    assert "'head'" in str(error.value)
+    assert "'kernel'" in str(error.value)
+
+
+def test_equally_specific_patterns_on_different_leaves_are_fine():
+    seen = winners({"head": 1.0, "mlp": 2.0, "**": 3.0}, tree_of(MODEL))
+    assert seen["head/kernel"] == 1.0
+    assert seen["encoder/block_0/mlp/kernel"] == 2.0
+
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+@pytest.mark.parametrize(
+    ("tree", "limits", "expected"),
+    [
+        ([jnp.array(9.0), jnp.array(9.0)], {"0": 1.0, "1": 2.0}, [1.0, 2.0]),
+        ({"a": (jnp.array(9.0),)}, {"a/0": 1.0}, {"a": (1.0,)}),
+        (
+            Pair(jnp.array(9.0), jnp.array(9.0)),
+            {"left": 1.0, "**": 2.0},
+            Pair(1.0, 2.0),
+        ),
+        (
+            {"x/y": {"w": jnp.array(9.0)}, "z": jnp.array(9.0)},
+            {"y/w": 1.0, "z": 2.0},
+            None,
+        ),
+        (jnp.array(9.0), {"**": 1.0}, 1.0),
+    ],
+    ids=["list", "tuple in a dict", "namedtuple", "a key with a slash", "bare array"],
+)
+def test_paths_are_those_of_any_tree(tree, limits, expected):
+    if expected is None:
+        expected = {"x/y": {"w": 1.0}, "z": 2.0}
+    clip = oc.clip_by_value(limits)
+    clipped, _ = clip.update(tree, clip.init(tree))
+    chex.assert_trees_all_equal(clipped, jax.tree.map(jnp.asarray, expected))
+
+
+def test_a_pattern_does_not_see_the_value_key_of_a_box():
+    boxed = {"kernel": {"value": jnp.array(9.0)}, "bias": {"value": jnp.array(9.0)}}
+    bare = {"kernel": jnp.array(9.0), "bias": jnp.array(9.0)}
+    clip = oc.clip_by_leaf_norm({"kernel": 1.0, "bias": 2.0})
+    boxed_out, _ = clip.update(boxed, clip.init(bare))
+    bare_out, _ = clip.update(bare, clip.init(boxed))
+    assert jax.tree.map(float, bare_out) == {"kernel": 1.0, "bias": 2.0}
+    assert float(boxed_out["kernel"]["value"]) == 1.0
+
+
+def test_a_leaf_that_is_called_value_keeps_its_name():
+    attention = {"query": jnp.array(9.0), "value": jnp.array(9.0)}
+    tree = {"attention": attention, "alone": {"value": jnp.array(9.0)}}
+    limits = {"attention/value": 1.0, "query": 2.0, "alone/value": 3.0}
+    clip = oc.clip_by_value(limits)
+    clipped, _ = clip.update(tree, clip.init(tree))
+    assert jax.tree.map(float, clipped) == {
+        "attention": {"query": 2.0, "value": 1.0},
+        "alone": {"value": 3.0},
+    }
+
+
+def test_a_layer_is_the_leaves_under_one_module_path():
+    paths = ("a/b/kernel", "a/b/bias", "a/kernel", "top")
+    tree = jax.tree.map(lambda _: jnp.array(1.0), tree_of(paths))
+    clip = oc.clip_by_group_norm(10.0)
+    _, state = clip.update(tree, clip.init(tree))
+    # a/b (two leaves), a (one leaf), and the root (one leaf), by their first leaf.
+    assert [round(float(x) ** 2) for x in state.norms] == [2, 1, 1]

@@ -70,8 +70,10 @@ def update(
             limit = _scalar(entry, count, leaves.dtype)
             allowed |= dict.fromkeys(scopes, _limit(limit))
         states.append(new)
-    norms = measured.norms.items()
-    allowed = {s: jnp.broadcast_to(allowed[s], norm.shape) for s, norm in norms}
+    for scope, norm in measured.norms.items():
+        if norm.ndim:
+            allowed[scope] = jnp.broadcast_to(allowed[scope], norm.shape)
+    allowed = {scope: allowed[scope] for scope in order}
     return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]
 
 
@@ -134,20 +136,18 @@ def _apply_rule(
 def _kept(new: Any, old: Any, finite: jax.Array) -> jax.Array:
     """Keeps what a rule knew of the scopes whose norm is not finite, and its dtypes."""
     new = jnp.asarray(new, jnp.result_type(old))
-    per_scope = jnp.shape(new)[-1:] == finite.shape
-    return jnp.where(
-        finite if finite.ndim == 0 or per_scope else jnp.any(finite), new, old
-    )
+    if finite.ndim > new.ndim or new.shape[new.ndim - finite.ndim :] != finite.shape:
+        return jnp.where(jnp.any(finite), new, old)  # shared by all scopes
+    finite = jnp.reshape(finite, (1,) * (new.ndim - finite.ndim) + finite.shape)
+    return jnp.where(finite, new, old)
 
 
 def _restricted(params: Any, leaves: Leaves, scopes: list[Scope]) -> Any:
     """Returns the params of some scopes, with None in the places of all others."""
     every = params_like(params, leaves)
-    members = (
-        set(range(len(every)))
-        if EVERYTHING in scopes
-        else {i for s in scopes for i in s}
-    )
+    members = {i for scope in scopes for i in scope}
+    if EVERYTHING in scopes:
+        members = set(range(len(every)))
     return leaves.tree([leaf if i in members else None for i, leaf in enumerate(every)])
 
 
@@ -159,19 +159,15 @@ def params_like(params: Any, leaves: Leaves) -> list[Any]:
         for path, i in paths.items():
             if jnp.shape(every[i]) != jnp.shape(leaves.leaves[i]):
                 raise ValueError(
-                    f"Expected params and updates of one shape, got"
+                    "Expected params and updates of one shape, got"
                     f" {jnp.shape(every[i])} and {jnp.shape(leaves.leaves[i])} at"
                     f" {path!r}. Pass the params that the updates belong to."
                 )
         return [every[i] for i in leaves.counted]
     different = sorted(set(paths) ^ set(_paths.paths(params)))
-    where = (
-        f"they differ at {different[0]!r}"
-        if different
-        else f"got {type(params).__name__}"
-    )
+    where = f"at {different[0]!r}" if different else f"in type, {type(params).__name__}"
     raise ValueError(
-        f"Expected params of the same structure as the updates: {where}."
+        f"Expected params of the same structure as the updates: they differ {where}."
         " Pass the params that the updates belong to."
     )
 

@@ -1,0 +1,103 @@
+"""The forms that a norm takes on other machines, run here.
+
+On accelerators every norm is measured at three scales in one pass; on a machine with
+one device small leaves are reduced together. Neither happens on the eight virtual CPUs
+of the other tests.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaxclip as oc
+from optaxclip import _mesh
+
+MAGNITUDES = pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1.0, 1e19, 1e30])
+NORMS = pytest.mark.parametrize(
+    ("norm", "truth"),
+    [
+        (oc.norms.global_norm, lambda a, b: [np.hypot(a, b)] * 2),
+        (oc.norms.leaf_norms, lambda a, b: [a, b]),
+        (oc.norms.group_norms(), lambda a, b: [np.hypot(a, b)] * 2),
+        (lambda u: jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(u))), None),
+    ],
+    ids=["global", "leaf", "group", "user"],
+)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Takes the branch of `platform_dependent` that is for all but CPUs."""
+    chosen = []
+
+    def platform_dependent(*args, default, **named):
+        chosen.append(default)
+        return default(*args)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
+    yield chosen
+    jax.clear_caches()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(_mesh, "is_local", lambda x: True)
+    yield
+    jax.clear_caches()
+
+
+def leaves(magnitude):
+    draw = np.random.default_rng(0)
+    small, large = draw.normal(size=(7, 3)), draw.normal(size=5000)
+    return {"a": np.float32(magnitude * small), "b": np.float32(magnitude * large)}
+
+
+def check(norm, truth, magnitude):
+    grads = leaves(magnitude)
+    sizes = [np.linalg.norm(g.astype(np.float64)) for g in grads.values()]
+    expected = (truth or (lambda a, b: [np.hypot(a, b)] * 2))(*sizes)
+    limit = 0.1 * float(min(sizes))
+    clip = oc.clip_by(norm, np.float32(limit))
+    updates, state = jax.jit(clip.update)(grads, clip.init(grads))
+    for (name, grad), size in zip(grads.items(), expected, strict=True):
+        right = grad.astype(np.float64) * (np.float32(limit) / size)
+        np.testing.assert_allclose(updates[name], right, rtol=1e-6, atol=limit * 1e-12)
+    np.testing.assert_allclose(np.max(state.norms), max(expected), rtol=1e-6)
+
+
+@NORMS
+@MAGNITUDES
+def test_one_pass_at_three_scales_is_exact(norm, truth, magnitude, accelerator):
+    check(norm, truth, magnitude)
+    assert accelerator
+
+
+def test_one_pass_keeps_the_nan_and_the_zeros(accelerator):
+    grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.zeros(2), "c": jnp.array([3.0])}
+    clip: Any = oc.clip_by_leaf_norm(1.0)
+    updates, _ = clip.update(grads, None)
+    assert np.isnan(updates["a"]).all()
+    assert not updates["b"].any()
+    assert updates["c"] == 1.0
+
+
+@NORMS
+@MAGNITUDES
+def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_device):
+    check(norm, truth, magnitude)
+
+
+def test_small_leaves_of_one_device_share_a_kernel(one_device):
+    grads = [jnp.ones(10)] * 50
+    text = str(jax.make_jaxpr(oc.global_norm)(grads))
+    assert text.count("reduce_sum") == 2 * 2  # plain and scaled, on CPU and elsewhere
+
+
+def test_leaves_that_may_be_spread_keep_a_kernel_each():
+    text = str(jax.make_jaxpr(oc.global_norm)([jnp.ones(10)] * 50))
+    assert text.count("reduce_sum") >= 4 * 50

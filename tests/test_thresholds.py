@@ -217,12 +217,12 @@ def largest_so_far():
     """A rule as a user writes one; its state forgets its dtype on the way."""
 
     def init(params):
-        return Seen(jax.tree.map(jnp.zeros_like, params))
+        return Seen(jnp.zeros_like(params, jnp.bfloat16))
 
     def update(updates, state, params=None):
         del params
         largest = jnp.maximum(state.largest, updates)
-        return largest, Seen(largest.astype(jnp.float16))
+        return largest, Seen(largest.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
 

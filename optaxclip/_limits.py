@@ -46,11 +46,12 @@ def update(
 ) -> tuple[Scopes, Any]:
     """Returns the threshold of every scope, and the new state as `init` returned it."""
     fresh = jax.eval_shape(lambda some: init(threshold, some, leaves), measured.norms)
-    if jax.tree.structure(state) != jax.tree.structure(fresh):
+    expected, got = _layout(fresh), _layout(state)
+    if expected != got:
         raise ValueError(
-            "Expected the state of this clip's threshold, of structure"
-            f" {jax.tree.structure(fresh)}, got {jax.tree.structure(state)}: it belongs"
-            " to another clip. Call `state = clip.init(params)`."
+            f"Expected the state of this clip's threshold, of shapes {expected}, got"
+            f" {got}: it belongs to another clip or to other params. Call"
+            " `state = clip.init(params)`."
         )
     order = {scope: i for i, scope in enumerate(measured.norms)}
     allowed: Scopes = {}
@@ -75,6 +76,12 @@ def update(
             allowed[scope] = jnp.broadcast_to(allowed[scope], norm.shape)
     allowed = {scope: allowed[scope] for scope in order}
     return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]
+
+
+def _layout(state: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(state), [
+        jnp.shape(leaf) for leaf in jax.tree.leaves(state)
+    ]
 
 
 def _entries(

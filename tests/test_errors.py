@@ -191,6 +191,14 @@ def test_the_state_of_another_clip_is_detected(saved, resumed):
         clip.update(TREE, state, TREE)
 
 
+@pytest.mark.parametrize("clip", ["leaf_norm", "lagged_leaf"])
+def test_the_state_of_other_params_is_detected(clip):
+    clip = helpers.clips[clip]()
+    state = clip.init({"dense": TREE["dense"], "head": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"other params.*`.*clip\.init\(params\)`"):
+        clip.update(TREE, state)
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"), [("value", "global_norm"), ("leaf_norm", "lagged_leaf")]
 )

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _scopes, factors, norms, thresholds
-from optaxclip._engine import Threshold, clip_by, multiplied, scope_factor
+from optaxclip._engine import Threshold, clip_by, multiplied, scope_factors
 
 
 def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:
@@ -291,10 +291,8 @@ def clip_with_norm(
     """
     _checks.number(max_norm, "max_norm")
     leaves = _leaves.flatten(updates)
-    scopes = _scopes.given(norm, leaves)
+    measured = _scopes.given(norm, leaves)
     limit = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
-    pairs = {
-        scope: scope_factor(factors.rescale, size, jnp.ones_like(size), limit)
-        for scope, size in scopes.items()
-    }
-    return multiplied(leaves, pairs)
+    limits = jax.tree.map(lambda x: jnp.broadcast_to(limit, x.shape), measured.norms)
+    scales, rests = scope_factors(factors.rescale, measured, limits)
+    return multiplied(leaves, measured.scopes, scales, rests)

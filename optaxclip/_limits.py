@@ -1,6 +1,6 @@
 """How big is allowed: the threshold of every scope, from what the user gave as one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,22 +10,22 @@ import optax
 
 from optaxclip import _paths
 from optaxclip._leaves import Leaves
-from optaxclip._scopes import EVERYTHING, Measured, Scope, Scopes, pack, unpack
+from optaxclip._scopes import EVERYTHING, Measured, Packed, Scope
 
 
-def init(threshold: Any, norms: Scopes, leaves: Leaves) -> Any:
+def init(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
     """Returns the state of the threshold: its rule's or, of a mapping, each entry's."""
     states = tuple(
-        _init_entry(entry, {scope: norms[scope] for scope in scopes}, leaves)
-        for entry, scopes in _entries(threshold, norms, leaves)
+        _init_entry(entry, _some(measured.norms, places, measured.scopes))
+        for entry, places in _entries(threshold, measured.scopes, leaves)
     )
     return states if isinstance(threshold, Mapping) else states[0]
 
 
-def stateless(threshold: Any, norms: Scopes, leaves: Leaves) -> Any:
+def stateless(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
     """Returns the state of a threshold that needs none, and raises if it needs one."""
-    state = init(threshold, norms, leaves)
-    entries = [entry for entry, _ in _entries(threshold, norms, leaves)]
+    state = init(threshold, measured, leaves)
+    entries = [entry for entry, _ in _entries(threshold, measured.scopes, leaves)]
     if jax.tree.leaves(state) or any(map(_is_schedule, entries)):
         raise ValueError(
             "Expected the state of this clip, whose threshold changes from step to"
@@ -43,9 +43,9 @@ def update(
     leaves: Leaves,
     params: Any,
     extra_args: dict[str, Any],
-) -> tuple[Scopes, Any]:
+) -> tuple[Packed, Any]:
     """Returns the threshold of every scope, and the new state as `init` returned it."""
-    fresh = jax.eval_shape(lambda some: init(threshold, some, leaves), measured.norms)
+    fresh = jax.eval_shape(lambda some: init(threshold, some, leaves), measured)
     expected, got = _layout(fresh), _layout(state)
     if expected != got:
         raise ValueError(
@@ -53,28 +53,26 @@ def update(
             f" {got}: it belongs to another clip or to other params. Call"
             " `state = clip.init(params)`."
         )
-    order = {scope: i for i, scope in enumerate(measured.norms)}
-    allowed: Scopes = {}
+    parts: list[tuple[list[int], Packed]] = []
     states = []
     olds = state if isinstance(threshold, Mapping) else (state,)
-    entries = _entries(threshold, measured.norms, leaves)
-    for (entry, scopes), old in zip(entries, olds, strict=True):
-        if isinstance(entry, optax.GradientTransformation) and scopes:
-            sizes = measured.packed()
-            if len(scopes) < len(order):
-                sizes = _some(sizes, [order[scope] for scope in scopes])
+    entries = _entries(threshold, measured.scopes, leaves)
+    for (entry, places), old in zip(entries, olds, strict=True):
+        if isinstance(entry, optax.GradientTransformation) and places:
+            sizes = _some(measured.sizes(), places, measured.scopes)
+            scopes = [measured.scopes[i] for i in places]
             part = None if params is None else _restricted(params, leaves, scopes)
             limits, new = _apply_rule(entry, sizes, old, part, extra_args)
-            allowed |= unpack(jax.tree.map(_limit, limits), scopes)
         else:
             new = old
             limit = _scalar(entry, count, leaves.dtype)
-            allowed |= dict.fromkeys(scopes, _limit(limit))
+            norms = _some(measured.norms, places, measured.scopes)
+            limits = jax.tree.map(
+                lambda x, y=limit: jnp.broadcast_to(y, x.shape), norms
+            )
+        parts.append((places, jax.tree.map(lambda x: jnp.maximum(x, 0), limits)))
         states.append(new)
-    for scope, norm in measured.norms.items():
-        if norm.ndim:
-            allowed[scope] = jnp.broadcast_to(allowed[scope], norm.shape)
-    allowed = {scope: allowed[scope] for scope in order}
+    allowed = _merged(parts, measured.scopes)
     return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]
 
 
@@ -85,15 +83,15 @@ def _layout(state: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _entries(
-    threshold: Any, norms: Scopes, leaves: Leaves
-) -> list[tuple[Any, list[Scope]]]:
-    """Returns each entry of the threshold with the scopes that it is for."""
+    threshold: Any, scopes: Sequence[Scope], leaves: Leaves
+) -> list[tuple[Any, list[int]]]:
+    """Returns each entry of the threshold with the places of the scopes it is for."""
     if not isinstance(threshold, Mapping):
-        return [(threshold, list(norms))]
+        return [(threshold, list(range(len(scopes))))]
     paths = leaves.paths()
     winners = _paths.cover(threshold, paths, "the threshold")
-    scopes: dict[str, list[Scope]] = {pattern: [] for pattern in sorted(threshold)}
-    for scope in norms:
+    places: dict[str, list[int]] = {pattern: [] for pattern in sorted(threshold)}
+    for place, scope in enumerate(scopes):
         members = range(len(paths)) if scope == EVERYTHING else scope
         patterns = sorted({winners[i] for i in members})
         if len(patterns) > 1:
@@ -102,16 +100,38 @@ def _entries(
                 f" {[paths[i] for i in members]}, which share one. Use a norm of leaves"
                 " or smaller groups, or `optax.partition` for a norm of each subtree."
             )
-        scopes[min(patterns, default=min(scopes))].append(scope)
-    return [(threshold[pattern], some) for pattern, some in scopes.items()]
+        places[min(patterns, default=min(places))].append(place)
+    return [(threshold[pattern], some) for pattern, some in places.items()]
 
 
-def _init_entry(entry: Any, norms: Scopes, leaves: Leaves) -> Any:
+def _some(packed: Packed, places: list[int], scopes: Sequence[Scope]) -> Packed:
+    """Returns the entries of some scopes, packed likewise."""
+    if len(places) == len(scopes):
+        return packed
+    if isinstance(packed, list):
+        return [packed[i] for i in places]
+    return jnp.ravel(packed)[np.array(places, int)]
+
+
+def _merged(parts: list[tuple[list[int], Packed]], scopes: Sequence[Scope]) -> Packed:
+    """Inverts `_some`."""
+    for places, packed in parts:
+        if len(places) == len(scopes):
+            return packed
+    order = [place for places, _ in parts for place in places]
+    if isinstance(parts[0][1], list):
+        every = [x for _, packed in parts for x in packed]
+        return [
+            x for _, x in sorted(zip(order, every, strict=True), key=lambda p: p[0])
+        ]
+    return jnp.concatenate([packed for _, packed in parts])[np.argsort(order)]
+
+
+def _init_entry(entry: Any, norms: Packed) -> Any:
     if not isinstance(entry, optax.GradientTransformation):
         return optax.EmptyState()
-    packed = pack(norms, leaves.dtype)
-    state = entry.init(packed)
-    if isinstance(packed, list) and jax.tree.leaves(state):
+    state = entry.init(norms)
+    if isinstance(norms, list) and jax.tree.leaves(state):
         raise ValueError(
             "Expected a rule without a state for a norm of units, got one that keeps a"
             f" history, {type(state).__name__}. Use a norm of leaves or groups."
@@ -177,16 +197,6 @@ def params_like(params: Any, leaves: Leaves) -> list[Any]:
         f"Expected params of the same structure as the updates: they differ {where}."
         " Pass the params that the updates belong to."
     )
-
-
-def _some(norms: Any, places: list[int]) -> Any:
-    if isinstance(norms, list):
-        return [norms[i] for i in places]
-    return norms[np.array(places)]
-
-
-def _limit(limit: jax.Array) -> jax.Array:
-    return jnp.maximum(limit, 0)
 
 
 def _scalar(entry: Any, count: jax.Array, dtype: Any) -> jax.Array:

@@ -1,36 +1,73 @@
 """From arrays to the norm of each scope: the sums of powers behind every norm."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import _mesh
 
-_SMALL = 4096  # elements; smaller leaves of a scope are reduced together
-
-Reduce = Callable[[jax.Array], jax.Array]
+_SMALL = 4096  # elements; smaller leaves are joined
 
 
-def scope_norms(
-    leaves: Sequence[jax.Array], scopes: Sequence[int], ord: float
-) -> list[jax.Array]:
-    """Returns the norms of the scopes 0, 1, ...; ``scopes`` has each leaf's."""
+class Piece(NamedTuple):
+    """Elements of some scopes, ``array[i]`` those of the scope ``scopes[i]``.
+
+    Attributes:
+      array: its first axis goes over the scopes.
+      scopes: their numbers.
+      axes: the mesh axes over which the array differs from device to device.
+    """
+
+    array: jax.Array
+    scopes: tuple[int, ...]
+    axes: _mesh.Axes
+
+
+def pieces(leaves: Sequence[jax.Array], scopes: Sequence[int]) -> list[Piece]:
+    """Sorts leaves by scope, small ones joined: one kernel reduces all of one size.
+
+    Joins only what is surely on one device, for anything else would be gathered. A TPU
+    reduces small leaves together by itself.
+    """
     _mesh.check_axes_are_known()
+    join = jax.default_backend() != "tpu"
+    small: dict[tuple[int, _mesh.Axes, jnp.dtype], list[jax.Array]] = {}
+    found = []
+    for scope, leaf in zip(scopes, leaves, strict=True):
+        axes = _mesh.varying_axes(leaf)
+        if join and leaf.size < _SMALL and _mesh.is_local(leaf):
+            small.setdefault((scope, axes, leaf.dtype), []).append(leaf)
+        else:
+            found.append(Piece(leaf[None], (scope,), axes))
+    rows: dict[tuple[int, _mesh.Axes, jnp.dtype], list[int]] = {}
+    for (scope, axes, dtype), some in small.items():
+        size = sum(leaf.size for leaf in some)
+        rows.setdefault((size, axes, dtype), []).append(scope)
+    for (size, axes, dtype), same in rows.items():
+        flat = [x.reshape(x.size) for scope in same for x in small[scope, axes, dtype]]
+        array = jnp.concatenate(flat).reshape(len(same), size)
+        found.append(Piece(array, tuple(same), axes))
+    return found
+
+
+def norms(pieces: Sequence[Piece], scale: Any, count: int, ord: float) -> jax.Array:
+    """Returns the norms of the scopes 0, 1, ... times ``scale``, one vector."""
+    pieces = [piece._replace(array=piece.array * scale) for piece in pieces]
     if ord == 1:
-        return _totals(leaves, scopes, lambda x: jnp.sum(_modulus(x)), jnp.sum)
+        return _totals(pieces, count, _modulus, jnp.sum)
     if ord == 2:
-        return [
-            root(s, 2)
-            for s in _totals(leaves, scopes, lambda x: jnp.sum(square(x)), jnp.sum)
-        ]
-    largest = _totals(leaves, scopes, lambda x: jnp.max(_modulus(x)), jnp.max)
+        return root(_totals(pieces, count, square, jnp.sum), 2)
+    largest = _totals(pieces, count, _modulus, jnp.max)
     if ord == jnp.inf:
         return largest
-    units = [_unit(x) for x in largest]
-    shrunk = [x / units[scope] for x, scope in zip(leaves, scopes, strict=True)]
-    sums = _totals(shrunk, scopes, lambda x: jnp.sum(_modulus(x) ** ord), jnp.sum)
-    return [unit * root(s, ord) for unit, s in zip(units, sums, strict=True)]
+    unit = _unit(largest)
+    shrunk = [p._replace(array=_over(p.array, _rows(unit, p))) for p in pieces]
+    return unit * root(
+        _totals(shrunk, count, lambda x: _modulus(x) ** ord, jnp.sum), ord
+    )
 
 
 def kept_norm(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
@@ -44,7 +81,7 @@ def kept_norm(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
         return largest
     unit = _unit(largest)
     return unit * root(
-        jnp.sum(_modulus(x / unit) ** ord, axis=axes, keepdims=True), ord
+        jnp.sum(_modulus(_over(x, unit)) ** ord, axis=axes, keepdims=True), ord
     )
 
 
@@ -74,57 +111,46 @@ def _unit(largest: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.where(usable, largest, 1))
 
 
+def _over(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """Returns ``x / unit`` also where the compiler's ``1 / unit`` would underflow."""
+    quarter = jnp.where(unit > 1, 0.25, jnp.ones_like(unit))
+    return (x * quarter) / (unit * quarter)
+
+
+def _rows(values: jax.Array, piece: Piece) -> jax.Array:
+    """Returns each row's entry of ``values``, which has one for each scope."""
+    rows = values[np.array(piece.scopes)]
+    return rows.reshape((-1,) + (1,) * (piece.array.ndim - 1))
+
+
 def _totals(
-    leaves: Sequence[jax.Array],
-    scopes: Sequence[int],
-    reduce: Reduce,
+    pieces: Sequence[Piece],
+    count: int,
+    element: Callable[[jax.Array], jax.Array],
     combine: Callable[..., jax.Array],
-) -> list[jax.Array]:
-    """Reduces every leaf and combines the results by scope, over devices too."""
-    parts: dict[int, dict[_mesh.Axes, list[jax.Array]]] = {}
-    for scope, axes, leaf in _joined(leaves, scopes):
-        parts.setdefault(scope, {}).setdefault(axes, []).append(reduce(leaf))
-    totals = [
-        {
-            axes: some[0] if len(some) == 1 else combine(jnp.stack(some))
-            for axes, some in p.items()
-        }
-        for _, p in sorted(parts.items())
-    ]
-    every = {axes for total in totals for axes in total}
-    if not frozenset[str]().union(*every):
-        return [total[frozenset()] for total in totals]
-    zero = jnp.zeros((), next(iter(totals[0].values())).dtype)
-    vectors = {
-        axes: jnp.stack([total.get(axes, zero) for total in totals]) for axes in every
-    }
-    return list(
-        _mesh.all_devices(vectors, jax.lax.psum if combine is jnp.sum else jax.lax.pmax)
-    )
+) -> jax.Array:
+    """Combines a function of the elements by scope, over devices too."""
+    if not pieces:
+        return jnp.zeros(count)
+    by_axes: dict[_mesh.Axes, list[Piece]] = {}
+    for piece in pieces:
+        reduced = combine(element(piece.array), axis=range(1, piece.array.ndim))
+        by_axes.setdefault(piece.axes, []).append(piece._replace(array=reduced))
+    totals = {axes: _total(some, count, combine) for axes, some in by_axes.items()}
+    collective = jax.lax.psum if combine is jnp.sum else jax.lax.pmax
+    return _mesh.all_devices(totals, collective)
 
 
-def _joined(
-    leaves: Sequence[jax.Array], scopes: Sequence[int]
-) -> list[tuple[int, _mesh.Axes, jax.Array]]:
-    """Concatenates the small leaves of a scope: one kernel for all of them.
-
-    Only what is surely on one device, for anything else would be gathered. A TPU
-    reduces small leaves together by itself.
-    """
-    small: dict[tuple[int, _mesh.Axes, jnp.dtype], list[jax.Array]] = {}
-    rest = []
-    join = jax.default_backend() != "tpu"
-    for scope, leaf in zip(scopes, leaves, strict=True):
-        axes = _mesh.varying_axes(leaf)
-        if join and leaf.size < _SMALL and _mesh.is_local(leaf):
-            small.setdefault((scope, axes, leaf.dtype), []).append(leaf)
-        else:
-            rest.append((scope, axes, leaf))
-    return rest + [
-        (
-            scope,
-            axes,
-            some[0] if len(some) == 1 else jnp.concatenate([x.ravel() for x in some]),
-        )
-        for (scope, axes, _), some in small.items()
-    ]
+def _total(
+    pieces: Sequence[Piece], count: int, combine: Callable[..., jax.Array]
+) -> jax.Array:
+    """Combines pieces of one element for each scope; a scope without any gets 0."""
+    flat = jnp.concatenate([piece.array for piece in pieces])
+    scopes = [scope for piece in pieces for scope in piece.scopes]
+    if scopes == list(range(count)):
+        return flat
+    places = [[i for i, s in enumerate(scopes) if s == scope] for scope in range(count)]
+    widest = max(map(len, places))
+    padded = [row + [len(scopes)] * (widest - len(row)) for row in places]
+    flat = jnp.concatenate([flat, jnp.zeros_like(flat, shape=1)])
+    return combine(flat[np.array(padded)], axis=1)

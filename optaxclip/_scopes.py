@@ -7,150 +7,144 @@ the norm. This needs to know nothing about the norm, so a user's own is rescued 
 like a built-in one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip._leaves import Leaves
 
 Norm = Callable[[Any], Any]  # updates -> norms, a tree prefix of the updates
+Packed = Any  # what rules see: a scalar if global, a vector, a list of arrays for units
 Scope = tuple[int, ...]  # positions of its leaves among the counted ones
 Scopes = dict[Scope, jax.Array]
 EVERYTHING: Scope = ()  # of a bare scalar, which covers every leaf
 
 
-class Measured(NamedTuple):
-    """The norms of the updates times a power of two, and that power, for every scope.
-
-    The norm itself is their quotient, infinite where its dtype cannot hold it.
+class Plain(NamedTuple):
+    """What a plain formula gives, which over- and underflows.
 
     Attributes:
-      norms: by scope, for the updates to be multiplied by.
-      powers: by scope.
-      packed_norms: the same for all scopes at once, for rules and the state.
-      packed_powers: likewise.
+      norms: of all scopes.
+      scopes: which those are.
+      scaled: function from a number to the norms of the updates times that number.
     """
 
-    norms: Scopes
-    powers: Scopes
-    packed_norms: Any
-    packed_powers: Any
-
-    def packed(self) -> Any:
-        """Returns the norms of all scopes, as rules see them."""
-        return jax.tree.map(jnp.divide, self.packed_norms, self.packed_powers)
+    norms: Packed
+    scopes: tuple[Scope, ...]
+    scaled: Callable[[jax.Array], Packed]
 
 
-def measure(norm: Norm, leaves: Leaves) -> Measured:
+Formula = Callable[[Any], Plain]  # of updates
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The norms of the updates times a power of two, and that power, of all scopes.
+
+    The norm itself is their quotient, infinite where its dtype cannot hold it.
+    """
+
+    norms: Packed
+    powers: Packed
+    scopes: tuple[Scope, ...] = dataclasses.field(metadata={"static": True})
+
+    def sizes(self) -> Packed:
+        """Returns the norms themselves."""
+        return jax.tree.map(jnp.divide, self.norms, self.powers)
+
+
+def measure(formula: Formula, leaves: Leaves) -> Measured:
     """Measures every scope of the updates, exactly."""
     updates = leaves.tree(leaves.measured())
-    norms, powers, packed_powers = _measure(norm, updates, jnp.dtype(leaves.dtype))
-    return Measured(norms, powers, pack(norms, leaves.dtype), packed_powers)
+    return _measure(formula, updates, jnp.dtype(leaves.dtype))
 
 
-def exact(norm: Norm, leaves: Leaves) -> Scopes:
-    """Returns the norm of every scope."""
-    measured = measure(norm, leaves)
-    return jax.tree.map(jnp.divide, measured.norms, measured.powers)
+def zeros(formula: Formula, leaves: Leaves) -> Measured:
+    """Returns norms of zero, of the shapes and types of the real ones.
 
-
-def zeros(norm: Norm, leaves: Leaves) -> Scopes:
-    """Returns a zero for every scope, of the shape and type of its norm.
-
-    Inside ``shard_map`` the type says over which axes a value varies, so there it is
-    made from a norm.
+    Inside ``shard_map`` the type says over which axes a value varies, so there they are
+    made from norms.
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
-        return jax.tree.map(jnp.zeros_like, measure(norm, leaves).norms)
-    shapes = jax.eval_shape(
-        lambda updates: _by_scope(norm, updates, None, leaves.dtype),
-        leaves.tree(leaves.abstract()),
-    )
+        return jax.tree.map(jnp.zeros_like, measure(formula, leaves))
+    updates = leaves.tree(leaves.abstract())
+    shapes = jax.eval_shape(lambda u: _unscaled(formula(u), leaves.dtype), updates)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
-def of_leaf(scopes: dict[tuple[int, ...], Any], count: int) -> list[Any]:
-    """Returns for each of ``count`` leaves what ``scopes`` holds for its scope."""
+def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Array]:
+    """Returns for each of ``count`` leaves the entry of its scope."""
     if EVERYTHING in scopes:
-        return [scopes[EVERYTHING]] * count
-    return [x for _, x in sorted((i, x) for scope, x in scopes.items() for i in scope)]
-
-
-def pack(scopes: Scopes, dtype: Any) -> Any:
-    """Returns what rules see: a scalar if global, a vector, a list for units."""
-    values = list(scopes.values())
-    if EVERYTHING in scopes:
-        return values[0]
-    if any(value.ndim for value in values):
-        return values
-    if not values:
-        return jnp.zeros((0,), dtype)
-    distinct = {id(value): value for value in values}
-    stacked = jnp.stack(list(distinct.values()))
-    if len(distinct) == len(values):
-        return stacked
-    places = {key: i for i, key in enumerate(distinct)}  # one constant, say, for all
-    return stacked[np.array([places[id(value)] for value in values])]
-
-
-def unpack(packed: Any, scopes: Sequence[Scope]) -> Scopes:
-    """Inverts `pack`."""
-    if EVERYTHING in scopes:
-        return {EVERYTHING: packed}
-    return {scope: packed[i] for i, scope in enumerate(scopes)}
+        return [packed] * count
+    entries = [packed[i] for i in range(len(scopes))]
+    pairs = zip(scopes, entries, strict=True)
+    return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
-def _measure(norm: Norm, updates: Any, dtype: Any) -> tuple[Scopes, Scopes, Any]:
+def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
     """One pass, and a rare second one on CPU; elsewhere three norms in one pass.
 
     On a GPU a branch costs a round trip to the host, and on a TPU the compiler's
     fusions; on a CPU three accumulators cost three passes.
     """
-    ends = _ends(dtype)
+    plain = formula(updates)
+    norms = _unscaled(plain, dtype).norms
+    if not plain.scopes:
+        return _unscaled(plain, dtype)
+    powers = jax.tree.map(_power, norms)
+    small, large = _ends(dtype)
 
-    def two_passes(plain: Scopes, powers: Scopes, fits: jax.Array) -> Scopes:
-        return jax.lax.cond(
-            fits, lambda: plain, lambda: _by_scope(norm, updates, powers, dtype)
+    def scaled(scale: jax.Array) -> Packed:
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.scaled(scale))
+
+    # A compiler that knows the scale would square it: `(x * c)**2` as `x**2 * c**2`.
+    def two_passes(end: float, norms: Packed, needed: jax.Array) -> Packed:
+        scale = jnp.where(needed, jnp.asarray(end, dtype), 1)
+        return jax.lax.cond(needed, lambda: scaled(scale), lambda: norms)
+
+    def one_pass(end: float, norms: Packed, needed: jax.Array) -> Packed:
+        del norms, needed
+        return scaled(jax.lax.optimization_barrier(jnp.asarray(end, dtype)))
+
+    def where_needed(end: float, needed: list[jax.Array]) -> Packed:
+        return jax.lax.platform_dependent(
+            norms,
+            _anywhere(needed),
+            cpu=functools.partial(two_passes, end),
+            default=functools.partial(one_pass, end),
         )
 
-    def one_pass(plain: Scopes, powers: Scopes, fits: jax.Array) -> Scopes:
-        del fits
-        everywhere = [dict.fromkeys(plain, jnp.asarray(end, dtype)) for end in ends]
-        scaled = [_by_scope(norm, updates, power, dtype) for power in everywhere]
-        return jax.tree.map(_pick, powers, plain, *scaled)
+    down = where_needed(small, [power < 1 for power in jax.tree.leaves(powers)])
+    up = where_needed(large, [power > 1 for power in jax.tree.leaves(powers)])
+    return Measured(jax.tree.map(_pick, powers, norms, down, up), powers, plain.scopes)
 
-    plain = _by_scope(norm, updates, None, dtype)
-    if not plain:
-        return plain, plain, pack(plain, dtype)
-    powers = jax.tree.map(_power, plain)
-    packed = jax.tree.map(_power, pack(plain, dtype))
-    fits = _everywhere([power == 1 for power in jax.tree.leaves(packed)])
-    norms = jax.lax.platform_dependent(
-        plain, powers, fits, cpu=two_passes, default=one_pass
-    )
-    return norms, powers, packed
+
+def _unscaled(plain: Plain, dtype: Any) -> Measured:
+    norms = jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.norms)
+    return Measured(norms, jax.tree.map(jnp.ones_like, norms), plain.scopes)
 
 
 @jax.custom_batching.custom_vmap
-def _everywhere(conditions: list[jax.Array]) -> jax.Array:
-    """Returns whether all conditions hold, one answer for the whole batch under `vmap`.
+def _anywhere(conditions: list[jax.Array]) -> jax.Array:
+    """Returns whether a condition holds, one answer for the whole batch under `vmap`.
 
     With an answer for each example a `cond` would run both of its branches.
     """
-    return functools.reduce(jnp.logical_and, map(jnp.all, conditions))
+    return functools.reduce(jnp.logical_or, map(jnp.any, conditions))
 
 
-@_everywhere.def_vmap
-def _everywhere_in_batch(
+@_anywhere.def_vmap
+def _anywhere_in_batch(
     size: int, batched: Any, conditions: list[jax.Array]
 ) -> tuple[jax.Array, bool]:
     del size, batched
-    return _everywhere(conditions), False
+    return _anywhere(conditions), False
 
 
 def _ends(dtype: Any) -> tuple[float, float]:
@@ -176,29 +170,30 @@ def _pick(
     return jnp.where(power > 1, up, jnp.where(power < 1, down, plain))
 
 
-def _by_scope(norm: Norm, updates: Any, powers: Scopes | None, dtype: Any) -> Scopes:
-    leaves, treedef = jax.tree.flatten(updates)
-    if powers is not None:
-        leaves = [
-            x * p for x, p in zip(leaves, of_leaf(powers, len(leaves)), strict=True)
-        ]
-    return _sorted(norm(treedef.unflatten(leaves)), treedef, dtype)
-
-
-def given(norms: Any, leaves: Leaves) -> Scopes:
-    """Sorts norms that somebody else measured by scope."""
-    holes = jax.tree.structure(leaves.tree(leaves.counted))
-    return _sorted(norms, holes, leaves.dtype)
-
-
-def _sorted(norms: Any, treedef: Any, dtype: Any) -> Scopes:
-    """Sorts norms by scope.
+def formula_of(norm: Norm, updates: Any) -> Plain:
+    """Returns what a norm of the user's own gives.
 
     Leaves that are given the very same scalar are one scope: so a norm of groups says
     which leaves belong together without saying anything.
     """
+
+    def scaled(scale: jax.Array) -> Packed:
+        return _packed(norm(jax.tree.map(lambda x: x * scale, updates)), treedef)[0]
+
+    treedef = jax.tree.structure(updates)
+    return Plain(*_packed(norm(updates), treedef), scaled)
+
+
+def given(norms: Any, leaves: Leaves) -> Measured:
+    """Sorts norms that somebody else measured by scope."""
+    holes = jax.tree.structure(leaves.tree(leaves.counted))
+    packed, scopes = _packed(norms, holes)
+    return _unscaled(Plain(packed, scopes, lambda scale: packed), leaves.dtype)
+
+
+def _packed(norms: Any, treedef: Any) -> tuple[Packed, tuple[Scope, ...]]:
     if jax.tree.structure(norms) == jax.tree.structure(0.0) and jnp.ndim(norms) == 0:
-        return {EVERYTHING: jnp.asarray(norms, dtype)}
+        return jnp.asarray(norms), (EVERYTHING,)
     skeleton = treedef.unflatten(range(treedef.num_leaves))
     try:
         values = jax.tree.leaves(jax.tree.broadcast(norms, skeleton))
@@ -210,7 +205,8 @@ def _sorted(norms: Any, treedef: Any, dtype: Any) -> Scopes:
     members: dict[int, list[int]] = {}
     for position, value in enumerate(values):
         members.setdefault(id(value), []).append(position)
-    return {
-        tuple(positions): jnp.asarray(values[positions[0]], dtype)
-        for positions in members.values()
-    }
+    distinct = [jnp.asarray(values[some[0]]) for some in members.values()]
+    scopes = tuple(map(tuple, members.values()))
+    if any(value.ndim for value in distinct):
+        return distinct, scopes
+    return jnp.stack(distinct) if distinct else jnp.zeros(0), scopes

@@ -46,7 +46,7 @@ def global_norm(updates: Any, *, ord: float = 2) -> jax.Array:
       >>> print(optaxclip.global_norm(jnp.full(1000, 10.0, jnp.float16)))  # Optax: inf
       316.22775
     """
-    return _exact(functools.partial(_global_norm, ord=ord), updates)
+    return _exact(_with_ord(global_norm, ord), updates)
 
 
 def leaf_norms(updates: Any, *, ord: float = 2) -> Any:
@@ -57,7 +57,7 @@ def leaf_norms(updates: Any, *, ord: float = 2) -> Any:
       >>> jax.tree.map(float, optaxclip.norms.leaf_norms(grads))
       {'b': 2.0, 'w': 5.0}
     """
-    return _exact(functools.partial(_leaf_norms, ord=ord), updates)
+    return _exact(_with_ord(leaf_norms, ord), updates)
 
 
 def leaf_rms(updates: Any) -> Any:
@@ -67,7 +67,7 @@ def leaf_rms(updates: Any) -> Any:
       >>> optaxclip.norms.leaf_rms({"w": jnp.array([1.0, -7.0])})["w"].item()
       5.0
     """
-    return _exact(_leaf_rms, updates)
+    return _exact(leaf_rms, updates)
 
 
 def unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
@@ -95,7 +95,7 @@ def unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
       Brock et al., `High-Performance Large-Scale Image Recognition Without
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    return _exact(functools.partial(_unit_norms, ord=ord, axis=axis), updates)
+    return _exact(functools.partial(unit_norms, ord=ord, axis=axis), updates)
 
 
 def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
@@ -125,56 +125,78 @@ def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
     return functools.partial(_exact_group_norms, labels=labels, ord=ord)
 
 
-def plain(norm: _scopes.Norm) -> _scopes.Norm:
-    """Returns ``norm`` without its own rescue, for those who rescue it themselves."""
-    if isinstance(norm, functools.partial):
-        return functools.partial(plain(norm.func), *norm.args, **norm.keywords)
-    return _PLAIN.get(norm, norm) if isinstance(norm, types.FunctionType) else norm
+@functools.lru_cache(typed=True)
+def formula(norm: _scopes.Norm) -> _scopes.Formula:
+    """Returns the plain formula of ``norm``, for those who rescue it themselves."""
+    if isinstance(norm, functools.partial) and norm.func in _FORMULAS:
+        return functools.partial(_FORMULAS[norm.func], *norm.args, **norm.keywords)
+    known = isinstance(norm, types.FunctionType) and norm in _FORMULAS
+    return _FORMULAS[norm] if known else functools.partial(_scopes.formula_of, norm)
+
+
+@functools.lru_cache(typed=True)
+def _with_ord(norm: Callable[..., Any], ord: float) -> _scopes.Norm:
+    """Returns the same function for the same ``ord``: it is compiled once."""
+    return functools.partial(norm, ord=ord)
 
 
 def _exact(norm: _scopes.Norm, updates: Any) -> Any:
     leaves = _leaves.flatten(updates)
-    scopes = _scopes.exact(norm, leaves)
-    if _scopes.EVERYTHING in scopes:
-        return scopes[_scopes.EVERYTHING]
-    return leaves.tree(_scopes.of_leaf(scopes, len(leaves.counted)))
+    measured = _scopes.measure(formula(norm), leaves)
+    norms = measured.sizes()
+    if _scopes.EVERYTHING in measured.scopes:
+        return norms
+    return leaves.tree(_scopes.of_leaf(norms, measured.scopes, len(leaves.counted)))
 
 
-def _global_norm(updates: Any, *, ord: float = 2) -> jax.Array:
+def _global_norm(updates: Any, *, ord: float = 2) -> _scopes.Plain:
     leaves = jax.tree.leaves(updates)
-    if not leaves:
-        return jnp.zeros(())
-    return _reduce.scope_norms(leaves, [0] * len(leaves), _checked(ord))[0]
+    norms = _scope_norms(leaves, [0] * len(leaves), 1, _checked(ord))
+
+    def scaled(scale: Any) -> jax.Array:
+        return norms(scale)[0]
+
+    return _scopes.Plain(scaled(1.0), (_scopes.EVERYTHING,), scaled)
 
 
-def _leaf_norms(updates: Any, *, ord: float = 2) -> Any:
-    leaves, treedef = jax.tree.flatten(updates)
-    return treedef.unflatten(
-        _reduce.scope_norms(leaves, range(len(leaves)), _checked(ord))
-    )
+def _leaf_norms(updates: Any, *, ord: float = 2) -> _scopes.Plain:
+    leaves = jax.tree.leaves(updates)
+    norms = _scope_norms(leaves, range(len(leaves)), len(leaves), _checked(ord))
+    return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
 
 
-def _leaf_rms(updates: Any) -> Any:
-    def rms(norm: jax.Array, leaf: jax.Array) -> jax.Array:
-        axes = tuple(sorted(_mesh.varying_axes(leaf)))
-        return norm / (leaf.size * jax.lax.psum(1, axes)) ** 0.5
-
-    return jax.tree.map(rms, _leaf_norms(updates), updates)
+def _leaf_rms(updates: Any) -> _scopes.Plain:
+    leaves = jax.tree.leaves(updates)
+    copies = [jax.lax.psum(1, tuple(sorted(_mesh.varying_axes(x)))) for x in leaves]
+    sizes = [x.size * n for x, n in zip(leaves, copies, strict=True)]
+    norms, scopes, scaled = _leaf_norms(updates)
+    roots = jnp.sqrt(jnp.asarray(sizes, norms.dtype))
+    return _scopes.Plain(norms / roots, scopes, lambda scale: scaled(scale) / roots)
 
 
 def _exact_group_norms(updates: Any, *, labels: Labels, ord: float) -> Any:
-    norm = functools.partial(_group_norms, labels=labels, ord=ord)
+    norm = functools.partial(_exact_group_norms, labels=labels, ord=ord)
     return _exact(norm, updates)
 
 
-def _group_norms(updates: Any, *, labels: Labels, ord: float) -> Any:
-    leaves, treedef = jax.tree.flatten(updates)
-    groups: dict[Hashable, int] = {}
-    scopes = [
-        groups.setdefault(label, len(groups)) for label in _labels(updates, labels)
-    ]
-    norms = _reduce.scope_norms(leaves, scopes, ord)
-    return treedef.unflatten([norms[scope] for scope in scopes])
+def _group_norms(updates: Any, *, labels: Labels, ord: float) -> _scopes.Plain:
+    groups: dict[Hashable, list[int]] = {}
+    for position, label in enumerate(_labels(updates, labels)):
+        groups.setdefault(label, []).append(position)
+    members = list(groups.values())
+    numbers = {i: number for number, some in enumerate(members) for i in some}
+    leaves = jax.tree.leaves(updates)
+    scopes = [numbers[i] for i in range(len(leaves))]
+    norms = _scope_norms(leaves, scopes, len(members), ord)
+    return _scopes.Plain(norms(1.0), tuple(map(tuple, members)), norms)
+
+
+def _scope_norms(
+    leaves: Sequence[jax.Array], scopes: Sequence[int], count: int, ord: float
+) -> Callable[[Any], jax.Array]:
+    """Returns a function from a scale to the norms of the scopes 0, 1, ..."""
+    pieces = _reduce.pieces(leaves, scopes)
+    return lambda scale: _reduce.norms(pieces, scale, count, ord)
 
 
 def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
@@ -193,8 +215,8 @@ def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
         ) from error
 
 
-def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
-    leaves, treedef = jax.tree.flatten(updates)
+def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> _scopes.Plain:
+    leaves = jax.tree.leaves(updates)
     paths = _paths.paths(updates)
     axes: list[Axis | None] = [None if isinstance(axis, Mapping) else axis] * len(
         leaves
@@ -203,12 +225,13 @@ def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
         winners = _paths.resolve(axis, paths, "`axis`")
         axes = [None if winner is None else axis[winner] for winner in winners]
     reduced = [_unit_axes(*one) for one in zip(leaves, axes, paths, strict=True)]
-    return treedef.unflatten(
-        [
-            _reduce.kept_norm(x, along, _checked(ord))
-            for x, along in zip(leaves, reduced, strict=True)
-        ]
-    )
+
+    def norms(scale: Any) -> _scopes.Packed:
+        pairs = zip(leaves, reduced, strict=True)
+        kept = [_reduce.kept_norm(x * scale, some, _checked(ord)) for x, some in pairs]
+        return kept or jnp.zeros(0)
+
+    return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
 
 
 def _unit_axes(leaf: jax.Array, axis: Axis | None, path: str) -> tuple[int, ...]:
@@ -249,7 +272,7 @@ def _checked(ord: float) -> float:
     return ord
 
 
-_PLAIN: dict[Any, Callable[..., Any]] = {
+_FORMULAS: dict[Any, Callable[..., _scopes.Plain]] = {
     global_norm: _global_norm,
     leaf_norms: _leaf_norms,
     leaf_rms: _leaf_rms,

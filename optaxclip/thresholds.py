@@ -62,7 +62,7 @@ def relative_to_params(
     """
     _checks.number(ratio, "ratio")
     _checks.number(eps, "eps")
-    plain = norms.plain(_checks.function(norm, "norm"))
+    formula = norms.formula(_checks.function(norm, "norm"))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
@@ -72,7 +72,7 @@ def relative_to_params(
                 " None. Call `clip.update(updates, state, params)`."
             )
         leaves = _leaves.flatten(params)
-        own = _scopes.pack(_scopes.exact(plain, leaves), leaves.dtype)
+        own = _scopes.measure(formula, leaves).sizes()
         shapes = jax.tree.map(jnp.shape, own), jax.tree.map(jnp.shape, updates)
         if shapes[0] != shapes[1]:
             raise ValueError(

@@ -301,7 +301,7 @@ def test_many_sharded_leaves_share_few_collectives():
     step = jax.jit(lambda u: clip.update(u, None)[0], in_shardings=sharding)
     text = step.lower(updates).compile().as_text() or ""
     assert "all-gather" not in text
-    assert 1 <= text.count("all-reduce(") <= 4  # the plain sum, and the rare rescue
+    assert 1 <= text.count("all-reduce(") <= 6  # the plain sum, and two rare rescues
 
 
 def test_explicit_axes_are_accepted():

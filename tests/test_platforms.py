@@ -77,6 +77,15 @@ def test_one_pass_at_three_scales_is_exact(norm, truth, magnitude, accelerator):
     assert accelerator
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@MAGNITUDES
+def test_one_pass_is_exact_for_a_single_element(shape, magnitude, accelerator):
+    # A compiler that knows the scale squares it first, and it underflows.
+    grads = {"w": jnp.full(shape, magnitude)}
+    norm = jax.jit(oc.norms.leaf_norms)(grads)["w"]
+    np.testing.assert_allclose(norm, np.float32(magnitude), rtol=1e-6)
+
+
 def test_one_pass_keeps_the_nan_and_the_zeros(accelerator):
     grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.zeros(2), "c": jnp.array([3.0])}
     clip: Any = oc.clip_by_leaf_norm(1.0)
@@ -95,7 +104,7 @@ def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_dev
 def test_small_leaves_of_one_device_share_a_kernel(one_device):
     grads = [jnp.ones(10)] * 50
     text = str(jax.make_jaxpr(oc.global_norm)(grads))
-    assert text.count("reduce_sum") == 2 * 2  # plain and scaled, on CPU and elsewhere
+    assert text.count("reduce_sum") == 1 + 2 * 2  # plain; scaled, on CPU and elsewhere
 
 
 def test_leaves_that_may_be_spread_keep_a_kernel_each():

@@ -10,6 +10,10 @@ from optaxclip._clips import (
     clip_with_norm as clip_with_norm,
     normalize_by_update_norm as normalize_by_update_norm,
 )
+from optaxclip._cotangents import (
+    clip_cotangent as clip_cotangent,
+    clip_cotangent_norm as clip_cotangent_norm,
+)
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
 from optaxclip._summary import summary as summary
 from optaxclip._values import (

@@ -149,6 +149,8 @@ def _total(
     scopes = [scope for piece in pieces for scope in piece.scopes]
     if scopes == list(range(count)):
         return flat
+    if count == 1:
+        return combine(flat, axis=0, keepdims=True)
     places = [[i for i, s in enumerate(scopes) if s == scope] for scope in range(count)]
     widest = max(map(len, places))
     padded = [row + [len(scopes)] * (widest - len(row)) for row in places]

@@ -103,26 +103,26 @@ def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
     def scaled(scale: jax.Array) -> Packed:
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.scaled(scale))
 
+    def picked(at: Callable[[float, jax.Array], Packed]) -> Packed:
+        down = at(small, _anywhere([p < 1 for p in jax.tree.leaves(powers)]))
+        up = at(large, _anywhere([p > 1 for p in jax.tree.leaves(powers)]))
+        return jax.tree.map(_pick, powers, norms, down, up)
+
     # A compiler that knows the scale would square it: `(x * c)**2` as `x**2 * c**2`.
-    def two_passes(end: float, norms: Packed, needed: jax.Array) -> Packed:
+    def if_needed(end: float, needed: jax.Array) -> Packed:
         scale = jnp.where(needed, jnp.asarray(end, dtype), 1)
         return jax.lax.cond(needed, lambda: scaled(scale), lambda: norms)
 
-    def one_pass(end: float, norms: Packed, needed: jax.Array) -> Packed:
-        del norms, needed
+    def always(end: float, needed: jax.Array) -> Packed:
+        del needed
         return scaled(jax.lax.optimization_barrier(jnp.asarray(end, dtype)))
 
-    def where_needed(end: float, needed: list[jax.Array]) -> Packed:
-        return jax.lax.platform_dependent(
-            norms,
-            _anywhere(needed),
-            cpu=functools.partial(two_passes, end),
-            default=functools.partial(one_pass, end),
-        )
-
-    down = where_needed(small, [power < 1 for power in jax.tree.leaves(powers)])
-    up = where_needed(large, [power > 1 for power in jax.tree.leaves(powers)])
-    return Measured(jax.tree.map(_pick, powers, norms, down, up), powers, plain.scopes)
+    exact = jax.lax.platform_dependent(
+        _anywhere([p != 1 for p in jax.tree.leaves(powers)]),
+        cpu=lambda any_: jax.lax.cond(any_, lambda: picked(if_needed), lambda: norms),
+        default=lambda any_: picked(always),
+    )
+    return Measured(exact, powers, plain.scopes)
 
 
 def _unscaled(plain: Plain, dtype: Any) -> Measured:

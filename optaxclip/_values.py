@@ -162,13 +162,15 @@ def _by_modulus(z: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _check(limit: Any, what: str) -> None:
     if isinstance(limit, Mapping):
         _checks.mapping(limit, what, _check)
-    elif isinstance(limit, tuple | list):
-        _check_range(limit, what)
     elif not callable(limit):
+        check_range(limit, what)
+
+
+def check_range(limit: Any, what: str) -> None:
+    """Raises unless ``limit`` is a number or a pair of numbers around 0."""
+    if not isinstance(limit, tuple | list):
         _checks.number(limit, what)
-
-
-def _check_range(limit: Any, what: str) -> None:
+        return
     if len(limit) != 2:
         raise ValueError(f"Expected {what} to be a pair (low, high), got {limit}.")
     for bound, name in zip(limit, ("low", "high"), strict=True):

@@ -119,8 +119,8 @@ def clip_by(
         leaves = _leaves.flatten(params, abstract=True)
         zeros = _scopes.zeros(formula, leaves)
         zero = zeros.norms
-        if isinstance(zero, list):
-            zero = jnp.stack([x.ravel()[0] for x in zero])
+        if isinstance(zero, _scopes.Units):
+            zero = zero.by_leaf([x.ravel()[0] for x in zero.parts])
         return ClipState(
             update_count=jnp.zeros((), jnp.int32),
             norms=zero,
@@ -226,7 +226,8 @@ def _next(
     rule_state: Any,
 ) -> ClipState:
     """Returns the state after this step."""
-    recorded = functools.partial(_recorded, factors=factors, like=state.norms)
+    hardest = _hardest(factors)
+    recorded = functools.partial(_recorded, hardest=hardest, like=state.norms)
     new_factors = recorded(factors)
     return ClipState(
         update_count=jnp.asarray(optax.safe_increment(state.update_count)),
@@ -242,12 +243,21 @@ def _next(
     )
 
 
-def _recorded(packed: Any, factors: Any, like: jax.Array) -> jax.Array:
+def _hardest(factors: _scopes.Packed) -> list[jax.Array]:
+    """Returns which unit of each leaf was clipped hardest, the first one of several."""
+    if not isinstance(factors, _scopes.Units):
+        return []
+    flat = [jnp.ravel(part) for part in factors.parts]
+    # Like `argmin`, which takes XLA ten times as long to compile.
+    found = [(f == jnp.min(f)) | jnp.isnan(f) for f in flat]
+    return [jnp.min(jnp.where(x, jnp.arange(x.size), x.size - 1)) for x in found]
+
+
+def _recorded(packed: Any, hardest: list[jax.Array], like: jax.Array) -> jax.Array:
     """Returns what the state keeps: of the units of a leaf, the one clipped hardest."""
-    if isinstance(packed, list):
-        pairs = zip(packed, factors, strict=True)
-        packed = [jnp.broadcast_to(x, f.shape).ravel()[jnp.argmin(f)] for x, f in pairs]
-        packed = jnp.stack(packed)
+    if isinstance(packed, _scopes.Units):
+        pairs = zip(packed.parts, hardest, strict=True)
+        packed = packed.by_leaf([x.ravel()[i] for x, i in pairs])
     if packed.shape != jnp.shape(like):
         raise ValueError(
             f"Expected a state with one entry per scope, of shape {packed.shape}, got"

@@ -10,7 +10,14 @@ import optax
 
 from optaxclip import _paths
 from optaxclip._leaves import Leaves
-from optaxclip._scopes import EVERYTHING, Measured, Packed, Scope
+from optaxclip._scopes import (
+    EVERYTHING,
+    Measured,
+    Packed,
+    Scope,
+    Units,
+    joined_units,
+)
 
 
 def init(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
@@ -108,8 +115,8 @@ def _some(packed: Packed, places: list[int], scopes: Sequence[Scope]) -> Packed:
     """Returns the entries of some scopes, packed likewise."""
     if len(places) == len(scopes):
         return packed
-    if isinstance(packed, list):
-        return [packed[i] for i in places]
+    if isinstance(packed, Units):
+        return packed.of_some(places)
     return jnp.ravel(packed)[np.array(places, int)]
 
 
@@ -119,11 +126,8 @@ def _merged(parts: list[tuple[list[int], Packed]], scopes: Sequence[Scope]) -> P
         if len(places) == len(scopes):
             return packed
     order = [place for places, _ in parts for place in places]
-    if isinstance(parts[0][1], list):
-        every = [x for _, packed in parts for x in packed]
-        return [
-            x for _, x in sorted(zip(order, every, strict=True), key=lambda p: p[0])
-        ]
+    if isinstance(parts[0][1], Units):
+        return joined_units(parts)
     return jnp.concatenate([packed for _, packed in parts])[np.argsort(order)]
 
 
@@ -131,7 +135,7 @@ def _init_entry(entry: Any, norms: Packed) -> Any:
     if not isinstance(entry, optax.GradientTransformation):
         return optax.EmptyState()
     state = entry.init(norms)
-    if isinstance(norms, list) and jax.tree.leaves(state):
+    if isinstance(norms, Units) and jax.tree.leaves(state):
         raise ValueError(
             "Expected a rule without a state for a norm of units, got one that keeps a"
             f" history, {type(state).__name__}. Use a norm of leaves or groups."
@@ -155,7 +159,7 @@ def _apply_rule(
             f" got {got}."
         )
     limits = jax.tree.map(lambda limit, norm: limit.astype(norm.dtype), limits, norms)
-    if not isinstance(norms, list):
+    if not isinstance(norms, Units):
         new = jax.tree.map(lambda a, b: _kept(a, b, jnp.isfinite(norms)), new, state)
     return limits, new
 

@@ -151,7 +151,9 @@ def _total(
         return flat
     if count == 1:
         return combine(flat, axis=0, keepdims=True)
-    places = [[i for i, s in enumerate(scopes) if s == scope] for scope in range(count)]
+    places: list[list[int]] = [[] for _ in range(count)]
+    for place, scope in enumerate(scopes):
+        places[scope].append(place)
     widest = max(map(len, places))
     padded = [row + [len(scopes)] * (widest - len(row)) for row in places]
     flat = jnp.concatenate([flat, jnp.zeros_like(flat, shape=1)])

@@ -9,19 +9,75 @@ like a built-in one.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._leaves import Leaves
 
 Norm = Callable[[Any], Any]  # updates -> norms, a tree prefix of the updates
-Packed = Any  # what rules see: a scalar if global, a vector, a list of arrays for units
+Packed = Any  # what rules see: a scalar if global, a vector, or Units
 Scope = tuple[int, ...]  # positions of its leaves among the counted ones
-Scopes = dict[Scope, jax.Array]
 EVERYTHING: Scope = ()  # of a bare scalar, which covers every leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """One number for each unit: a leaf that is one unit has its in a common vector.
+
+    Attributes:
+      whole: of the leaves that are one unit.
+      parts: of every other leaf, with the dimensions kept.
+      is_whole: of every leaf, in tree order.
+    """
+
+    whole: jax.Array
+    parts: list[jax.Array]
+    is_whole: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    def of_leaves(self) -> list[jax.Array]:
+        """Returns the numbers of every leaf, in tree order."""
+        whole, parts = iter(range(sum(self.is_whole))), iter(self.parts)
+        return [self.whole[next(whole)] if w else next(parts) for w in self.is_whole]
+
+    def by_leaf(self, parts: list[jax.Array]) -> jax.Array:
+        """Returns one number for every leaf, given those that are not whole."""
+        order = np.argsort(np.argsort(np.logical_not(self.is_whole), kind="stable"))
+        return jnp.concatenate([self.whole, *map(jnp.atleast_1d, parts)])[order]
+
+    def of_some(self, places: Sequence[int]) -> "Units":
+        """Returns the numbers of some leaves."""
+        chosen = set(places)
+        kept = [i in chosen for i in range(len(self.is_whole))]
+        rows = [k for k, w in zip(kept, self.is_whole, strict=True) if w]
+        others = [k for k, w in zip(kept, self.is_whole, strict=True) if not w]
+        return Units(
+            self.whole[np.flatnonzero(rows)],
+            list(itertools.compress(self.parts, others)),
+            tuple(itertools.compress(self.is_whole, kept)),
+        )
+
+
+def joined_units(some: Sequence[tuple[Sequence[int], Units]]) -> Units:
+    """Returns the numbers of all leaves, given those at some places and at others."""
+    flat = [
+        (place, whole)
+        for places, units in some
+        for place, whole in zip(places, units.is_whole, strict=True)
+    ]
+    rows = np.argsort([place for place, whole in flat if whole])
+    others = np.argsort([place for place, whole in flat if not whole])
+    parts = [part for _, units in some for part in units.parts]
+    return Units(
+        jnp.concatenate([units.whole for _, units in some])[rows],
+        [parts[i] for i in others],
+        tuple(whole for _, whole in sorted(flat)),
+    )
 
 
 class Plain(NamedTuple):
@@ -81,6 +137,8 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Arr
     """Returns for each of ``count`` leaves the entry of its scope."""
     if EVERYTHING in scopes:
         return [packed] * count
+    if isinstance(packed, Units):
+        return packed.of_leaves()
     entries = [packed[i] for i in range(len(scopes))]
     pairs = zip(scopes, entries, strict=True)
     return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
@@ -208,5 +266,5 @@ def _packed(norms: Any, treedef: Any) -> tuple[Packed, tuple[Scope, ...]]:
     distinct = [jnp.asarray(values[some[0]]) for some in members.values()]
     scopes = tuple(map(tuple, members.values()))
     if any(value.ndim for value in distinct):
-        return distinct, scopes
+        return Units(jnp.zeros(0), distinct, (False,) * len(distinct)), scopes
     return jnp.stack(distinct) if distinct else jnp.zeros(0), scopes

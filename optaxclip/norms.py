@@ -146,7 +146,11 @@ def _exact(norm: _scopes.Norm, updates: Any) -> Any:
     norms = measured.sizes()
     if _scopes.EVERYTHING in measured.scopes:
         return norms
-    return leaves.tree(_scopes.of_leaf(norms, measured.scopes, len(leaves.counted)))
+    by_leaf = _scopes.of_leaf(norms, measured.scopes, len(leaves.counted))
+    if isinstance(norms, _scopes.Units):
+        pairs = zip(by_leaf, leaves.measured(), strict=True)
+        by_leaf = [x if x.ndim else x.reshape((1,) * leaf.ndim) for x, leaf in pairs]
+    return leaves.tree(by_leaf)
 
 
 def _global_norm(updates: Any, *, ord: float = 2) -> _scopes.Plain:
@@ -226,10 +230,21 @@ def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> _scopes.P
         axes = [None if winner is None else axis[winner] for winner in winners]
     reduced = [_unit_axes(*one) for one in zip(leaves, axes, paths, strict=True)]
 
-    def norms(scale: Any) -> _scopes.Packed:
-        pairs = zip(leaves, reduced, strict=True)
-        kept = [_reduce.kept_norm(x * scale, some, _checked(ord)) for x, some in pairs]
-        return kept or jnp.zeros(0)
+    is_whole = tuple(
+        len({a % x.ndim for a in some}) == x.ndim
+        for x, some in zip(leaves, reduced, strict=True)
+    )
+    whole = [x for x, alone in zip(leaves, is_whole, strict=True) if alone]
+    of_whole = _scope_norms(whole, range(len(whole)), len(whole), _checked(ord))
+    others = [
+        (x, some)
+        for x, some, alone in zip(leaves, reduced, is_whole, strict=True)
+        if not alone
+    ]
+
+    def norms(scale: Any) -> _scopes.Units:
+        parts = [_reduce.kept_norm(x * scale, some, ord) for x, some in others]
+        return _scopes.Units(of_whole(scale), parts, is_whole)
 
     return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
 

@@ -101,9 +101,10 @@ def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_dev
     check(norm, truth, magnitude)
 
 
-def test_small_leaves_of_one_device_share_a_kernel(one_device):
-    grads = [jnp.ones(10)] * 50
-    text = str(jax.make_jaxpr(oc.global_norm)(grads))
+@pytest.mark.parametrize("norm", [oc.global_norm, oc.norms.unit_norms])
+def test_small_leaves_of_one_device_share_a_kernel(norm, one_device):
+    grads = [jnp.ones(10)] * 50  # each of them is one unit
+    text = str(jax.make_jaxpr(norm)(grads))
     assert text.count("reduce_sum") == 1 + 2 * 2  # plain; scaled, on CPU and elsewhere
 
 

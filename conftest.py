@@ -1,5 +1,6 @@
 """What the examples in docstrings take as imported."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,6 +15,7 @@ def names(doctest_namespace):
     doctest_namespace |= {
         "jax": jax,
         "jnp": jnp,
+        "nn": nn,
         "optax": optax,
         "optaxclip": optaxclip,
     }

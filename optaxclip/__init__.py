@@ -11,10 +11,14 @@ from optaxclip._clips import (
     normalize_by_update_norm as normalize_by_update_norm,
 )
 from optaxclip._cotangents import (
+    CotangentStats as CotangentStats,
     clip_cotangent as clip_cotangent,
     clip_cotangent_norm as clip_cotangent_norm,
+    clip_preactivation as clip_preactivation,
+    cotangent_stats as cotangent_stats,
 )
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
+from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,

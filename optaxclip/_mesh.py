@@ -21,6 +21,18 @@ def varying_axes(x: jax.Array) -> Axes:
     return frozenset(manual.varying if manual is not None else getattr(kind, "vma", ()))
 
 
+def vary_like(x: jax.Array, *others: Any) -> jax.Array:
+    """Returns ``x``, whose type also says that it varies wherever the others do."""
+    union = frozenset[str]().union(*(varying_axes(other) for other in others))
+    missing = tuple(sorted(union - varying_axes(x)))
+    if not missing:
+        return x
+    before_0_9: Any = getattr(jax.lax, "pvary", None)
+    if not hasattr(jax.lax, "pcast"):
+        return before_0_9(x, missing)
+    return jax.lax.pcast(x, missing, to="varying")
+
+
 def is_local(x: jax.Array) -> bool:
     """Returns whether ``x`` is surely on one device, where reshaping it is free."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-Specificity = tuple[
-    int, int, int
-]  # parts without a `*`, with a piece of one, `*` alone
+ANY_PARTS = "(?:[^/]+/)*"  # a regular expression
+
+# Parts without a `*`, with a piece of one, `*` alone.
+Specificity = tuple[int, int, int]
 
 
 def paths(tree: Any) -> list[str]:
@@ -54,6 +55,21 @@ def resolve(
     return winners
 
 
+def of_layer(patterns: Iterable[str], path: str, what: str) -> str | None:
+    """Returns the winning pattern of a module itself, not of what is below it.
+
+    Raises:
+      ValueError: two equally specific patterns match the module.
+    """
+    return _most_specific(list(patterns), path, what, below="")
+
+
+def check(patterns: Iterable[Any]) -> None:
+    """Raises unless all patterns are strings that can match something."""
+    for pattern in patterns:
+        _checked(pattern)
+
+
 def cover(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[str]:
     """Returns the winning pattern of each path; every path needs one."""
     patterns = list(patterns)
@@ -88,8 +104,10 @@ def _checked(pattern: Any) -> str:
     return pattern
 
 
-def _most_specific(patterns: list[str], path: str, what: str) -> str | None:
-    matching = [pattern for pattern in patterns if _matches(pattern, path)]
+def _most_specific(
+    patterns: list[str], path: str, what: str, below: str = ANY_PARTS
+) -> str | None:
+    matching = [pattern for pattern in patterns if _matches(pattern, path, below)]
     if not matching:
         return None
     best = max(map(_specificity, matching))
@@ -102,19 +120,14 @@ def _most_specific(patterns: list[str], path: str, what: str) -> str | None:
     return winners[0]
 
 
-def _matches(pattern: str, path: str) -> bool:
+def _matches(pattern: str, path: str, below: str = ANY_PARTS) -> bool:
     parts = "".join(part + "/" for part in path.split("/") if part)
-    return _regex(pattern).fullmatch(parts) is not None
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    any_parts = "(?:[^/]+/)*"
     middle = [
-        any_parts if part == "**" else re.escape(part).replace(r"\*", "[^/]*") + "/"
+        ANY_PARTS if part == "**" else re.escape(part).replace(r"\*", "[^/]*") + "/"
         for part in _parts(pattern)
     ]
-    start = "" if pattern.startswith("/") else any_parts
-    return re.compile(start + "".join(middle) + any_parts)
+    start = "" if pattern.startswith("/") else ANY_PARTS
+    return re.fullmatch(start + "".join(middle) + below, parts) is not None
 
 
 def _specificity(pattern: str) -> Specificity:

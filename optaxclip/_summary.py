@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, keystr
 
 from optaxclip import _leaves, _paths
+from optaxclip._cotangents import CotangentStats
 from optaxclip._engine import ClipState
 from optaxclip._values import ClipByValueState
 
@@ -35,8 +36,19 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     ``clip/norm/encoder/kernel`` for leaves, ``clip/norm/encoder`` for layers.
     :func:`clip_by_value` only counts its steps.
 
+    Of what clips in the backward pass saw (:class:`CotangentStats`), followed by their
+    place in the tree, ``cotangent/norm/head``:
+
+      * ``cotangent/norm``: mean L2 norm of a call, before the clip;
+      * ``cotangent/largest_norm``: power of two above the largest one;
+      * ``cotangent/clipped_fraction``: share of the elements that were changed;
+      * ``cotangent/nonfinite_fraction``: share of calls with a NaN or an infinity,
+        which the norms leave out;
+      * ``cotangent/calls``: their number.
+
     Args:
-      opt_state: state of an optimizer, or anything that holds one.
+      opt_state: state of an optimizer, or anything that holds one; or the "gradient"
+        of :func:`cotangent_stats`.
       params: the parameters, to name scopes by. Without them, and for clips that saw
         only some of them or have groups of their own, scopes are numbered.
 
@@ -45,7 +57,7 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       by ``vmap``, take ``jax.vmap(summary)``.
 
     Raises:
-      ValueError: there is no clip in ``opt_state``.
+      ValueError: there is neither a clip in ``opt_state`` nor what one saw.
 
     Examples:
       >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -60,7 +72,8 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       clip/update_count      1.0
     """
     found = list(_clips(opt_state, params))
-    if not found:
+    result = _cotangents(opt_state)
+    if not found and not result:
         raise ValueError(
             "Expected the state of an optimizer with a clip of this library in it, got"
             f" {type(opt_state).__name__} without one. Pass what `tx.init` or"
@@ -68,7 +81,6 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         )
     same = collections.Counter(labels for labels, _, _ in found)
     seen: collections.Counter[str] = collections.Counter()
-    result = {}
     for labels, state, names in found:
         name = "clip" if same[labels] == 1 else f"clip_{seen[labels]}"
         seen[labels] += 1
@@ -93,6 +105,32 @@ def _clips(node: Any, params: Any, above: str = "") -> Iterator[tuple[str, Any, 
                 yield below, state, (names, [])
         elif isinstance(leaf, stops):
             yield labels, leaf, (leaves, layers)
+
+
+def _cotangents(node: Any) -> dict[str, jax.Array]:
+    result = {}
+    for keypath, leaf in jax.tree_util.tree_leaves_with_path(
+        node, is_leaf=lambda x: isinstance(x, CotangentStats)
+    ):
+        if isinstance(leaf, CotangentStats):
+            place = keystr(keypath, simple=True, separator="/")
+            for key, value in _seen(leaf).items():
+                result[f"cotangent/{key}/{place}".rstrip("/")] = value
+    return result
+
+
+def _seen(stats: CotangentStats) -> dict[str, jax.Array]:
+    calls, norms, nonfinite, elements, clipped, histogram = stats
+    bins = histogram.shape[-1]
+    last = jnp.max(jnp.where(histogram > 0, jnp.arange(bins), 0))
+    bound = jnp.ldexp(jnp.ones_like(norms), last - bins // 2 + 1)
+    return {
+        "norm": norms / jnp.maximum(calls - nonfinite, 1),
+        "largest_norm": jnp.where(last > 0, bound, 0),
+        "clipped_fraction": clipped / jnp.maximum(elements, 1),
+        "nonfinite_fraction": nonfinite / jnp.maximum(calls, 1),
+        "calls": calls,
+    }
 
 
 def _statistics(state: Any, names: Names) -> dict[str, jax.Array]:

@@ -1,5 +1,7 @@
 """Clipping inside the backward pass."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,26 @@ def test_the_dtype_is_kept(dtype):
     for tap in (oc.clip_cotangent, oc.clip_cotangent_norm):
         slope = jax.grad(lambda x, tap=tap: jnp.sum(tap(x, 1.0) * x))(x)
         assert slope.dtype == dtype
+
+
+def test_leaves_without_a_derivative_are_left_alone():
+    x = {"w": jnp.ones(4), "n": jnp.arange(3)}
+    for tap in (oc.clip_cotangent, oc.clip_cotangent_norm):
+        slope = jax.grad(
+            lambda x, tap=tap: 100 * jnp.sum(tap(x, 0.5)["w"]), allow_int=True
+        )
+        slopes = slope(x)
+        assert slopes["n"].dtype == jax.dtypes.float0
+        limit = 0.5 if tap is oc.clip_cotangent else 0.25
+        np.testing.assert_allclose(slopes["w"], np.full(4, limit), rtol=1e-6)
+
+
+def test_a_complex_cotangent_keeps_its_phase():
+    weights = jnp.array([3 - 4j, 0.03j])
+    for tap in (oc.clip_cotangent, oc.clip_cotangent_norm):
+        slope = jax.grad(lambda z, tap=tap: jnp.sum((weights * tap(z, 1.0)).real))
+        clipped = slope(jnp.ones(2, jnp.complex64))
+        np.testing.assert_allclose(clipped[0], 0.6 - 0.8j, rtol=1e-4)
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
@@ -159,5 +181,22 @@ def test_a_bad_limit_raises(limit, error, message):
 def test_a_bad_norm_raises():
     with pytest.raises(ValueError, match=r"Expected max_norm >= 0, got -1\.0"):
         oc.clip_cotangent_norm(jnp.ones(2), -1.0)
+
+
+def test_a_bad_axis_raises_on_the_way_forward():
+    bad: Any = [0]
+    with pytest.raises(TypeError, match="Expected `axis` to be static"):
+        oc.clip_cotangent_norm(jnp.ones(2), 1.0, axis=bad)
     with pytest.raises(ValueError, match="Expected axes within shape"):
-        jax.grad(lambda x: jnp.sum(oc.clip_cotangent_norm(x, 1.0, axis=3)))(jnp.ones(2))
+        oc.clip_cotangent_norm(jnp.ones(2), 1.0, axis=3)
+
+
+def test_a_kept_axis_of_a_split_array_raises():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def slope(x):
+        return jax.grad(lambda x: jnp.sum(oc.clip_cotangent_norm(x, 1.0, axis=-1)))(x)
+
+    sharded = jax.shard_map(slope, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    with pytest.raises(ValueError, match=r"split over the mesh axes \['data'\]"):
+        sharded(jnp.ones((8, 2)))

@@ -240,11 +240,13 @@ def _seen(before: Any, after: Any, like: CotangentStats) -> CotangentStats:
     size = jnp.where(finite, norm, 0)
     exponent = jnp.frexp(size)[1]  # of a mantissa from 1/2 up to 1
     place = jnp.where(size > 0, jnp.clip(exponent + _BINS // 2 - 1, 0, _BINS - 1), 0)
+    # Of this cotangent, for `vmap` adds up only what depends on what it maps over.
+    one = jnp.asarray(finite | ~finite, like.calls.dtype)
     stats = CotangentStats(
-        calls=jnp.ones(()),
+        calls=one,
         norms=size,
         nonfinite=~finite,
-        elements=jnp.asarray(sum(x.size for x in changed)),
+        elements=one * sum(x.size for x in changed),
         clipped=sum((jnp.sum(x) for x in changed), jnp.zeros(())),
         histogram=(jnp.arange(_BINS) == place) & finite,
     )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip import _reduce
 from optaxclip._leaves import Leaves
 
 Norm = Callable[[Any], Any]  # updates -> norms, a tree prefix of the updates
@@ -86,12 +87,12 @@ class Plain(NamedTuple):
     Attributes:
       norms: of all scopes.
       scopes: which those are.
-      scaled: function from a number to the norms of the updates times that number.
+      scaled: function from a power of two to the norms of the updates times that.
     """
 
     norms: Packed
     scopes: tuple[Scope, ...]
-    scaled: Callable[[jax.Array], Packed]
+    scaled: Callable[[float], Packed]
 
 
 Formula = Callable[[Any], Plain]  # of updates
@@ -158,7 +159,7 @@ def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
     powers = jax.tree.map(_power, norms)
     small, large = _ends(dtype)
 
-    def scaled(scale: jax.Array) -> Packed:
+    def scaled(scale: float) -> Packed:
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.scaled(scale))
 
     def picked(at: Callable[[float, jax.Array], Packed]) -> Packed:
@@ -166,14 +167,12 @@ def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
         up = at(large, _anywhere([p > 1 for p in jax.tree.leaves(powers)]))
         return jax.tree.map(_pick, powers, norms, down, up)
 
-    # A compiler that knows the scale would square it: `(x * c)**2` as `x**2 * c**2`.
     def if_needed(end: float, needed: jax.Array) -> Packed:
-        scale = jnp.where(needed, jnp.asarray(end, dtype), 1)
-        return jax.lax.cond(needed, lambda: scaled(scale), lambda: norms)
+        return jax.lax.cond(needed, lambda: scaled(end), lambda: norms)
 
     def always(end: float, needed: jax.Array) -> Packed:
         del needed
-        return scaled(jax.lax.optimization_barrier(jnp.asarray(end, dtype)))
+        return scaled(end)
 
     exact = jax.lax.platform_dependent(
         _anywhere([p != 1 for p in jax.tree.leaves(powers)]),
@@ -235,8 +234,9 @@ def formula_of(norm: Norm, updates: Any) -> Plain:
     which leaves belong together without saying anything.
     """
 
-    def scaled(scale: jax.Array) -> Packed:
-        return _packed(norm(jax.tree.map(lambda x: x * scale, updates)), treedef)[0]
+    def scaled(scale: float) -> Packed:
+        times = functools.partial(_reduce.scaled, scale=scale)
+        return _packed(norm(jax.tree.map(times, updates)), treedef)[0]
 
     treedef = jax.tree.structure(updates)
     return Plain(*_packed(norm(updates), treedef), scaled)

@@ -157,7 +157,7 @@ def _global_norm(updates: Any, *, ord: float = 2) -> _scopes.Plain:
     leaves = jax.tree.leaves(updates)
     norms = _scope_norms(leaves, [0] * len(leaves), 1, _checked(ord))
 
-    def scaled(scale: Any) -> jax.Array:
+    def scaled(scale: float) -> jax.Array:
         return norms(scale)[0]
 
     return _scopes.Plain(scaled(1.0), (_scopes.EVERYTHING,), scaled)
@@ -197,7 +197,7 @@ def _group_norms(updates: Any, *, labels: Labels, ord: float) -> _scopes.Plain:
 
 def _scope_norms(
     leaves: Sequence[jax.Array], scopes: Sequence[int], count: int, ord: float
-) -> Callable[[Any], jax.Array]:
+) -> Callable[[float], jax.Array]:
     """Returns a function from a scale to the norms of the scopes 0, 1, ..."""
     pieces = _reduce.pieces(leaves, scopes)
     return lambda scale: _reduce.norms(pieces, scale, count, ord)
@@ -242,8 +242,10 @@ def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> _scopes.P
         if not alone
     ]
 
-    def norms(scale: Any) -> _scopes.Units:
-        parts = [_reduce.kept_norm(x * scale, some, ord) for x, some in others]
+    def norms(scale: float) -> _scopes.Units:
+        parts = [
+            _reduce.kept_norm(_reduce.scaled(x, scale), some, ord) for x, some in others
+        ]
         return _scopes.Units(of_whole(scale), parts, is_whole)
 
     return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)

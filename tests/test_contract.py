@@ -141,6 +141,29 @@ def test_an_update_that_needs_no_clipping_comes_back_bit_for_bit(name, dtype):
 # --------------------------------------------------------------------------------------
 
 
+@every_clip()
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])
+def test_what_the_compiler_knows_beforehand_is_clipped_like_anything(name, size):
+    # The gradient of an unused parameter is a constant, and is folded into the rest.
+    updates, params = helpers.updates_and_params("float32")
+    shapes = jax.tree.map(jnp.shape, updates)
+
+    @jax.jit
+    def step(params):
+        filled = jax.tree.map(
+            lambda shape: jnp.full(shape, size),
+            shapes,
+            is_leaf=lambda x: type(x) is tuple,
+        )
+        clip = clips[name](1.0)
+        return clip.update(filled, clip.init(params), params)
+
+    filled = jax.tree.map(lambda x: jnp.full_like(x, size), updates)
+    chex.assert_trees_all_close(
+        step(params), first_step(name)(filled, params), rtol=1e-6
+    )
+
+
 @every_clip(exempt=NEVER_INFINITE)
 def test_an_infinite_threshold_is_the_identity(name):
     updates, params = helpers.updates_and_params()

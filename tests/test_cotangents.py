@@ -1,7 +1,9 @@
 """Clipping inside the backward pass."""
 
+import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +202,155 @@ def test_a_kept_axis_of_a_split_array_raises():
     sharded = jax.shard_map(slope, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     with pytest.raises(ValueError, match=r"split over the mesh axes \['data'\]"):
         sharded(jnp.ones((8, 2)))
+
+
+def seen(loss, *args):
+    """Returns the statistics that the gradient of ``loss(stats, ...)`` carries."""
+    return jax.jit(jax.grad(loss))(oc.cotangent_stats(), *args)
+
+
+def test_statistics_of_one_call():
+    weights = jnp.array([3.0, -4.0, 0.0, 0.1])
+    stats = seen(lambda s: jnp.sum(weights * oc.clip_cotangent(jnp.ones(4), 1.0, s)))
+    assert all(leaf.dtype == jnp.float32 for leaf in stats)
+    assert (stats.calls, stats.nonfinite, stats.elements, stats.clipped) == (1, 0, 4, 2)
+    np.testing.assert_allclose(stats.norms, np.linalg.norm(weights), rtol=1e-6)
+    assert np.flatnonzero(stats.histogram).tolist() == [128 + 2]  # 4 <= 5.001 < 8
+
+
+def test_statistics_of_a_norm_count_the_elements_that_it_changed():
+    weights = jnp.array([[3.0, 4.0, 0.0], [0.3, 0.4, 0.0]])
+
+    def loss(stats):
+        tapped = oc.clip_cotangent_norm(jnp.ones((2, 3)), 1.0, axis=-1, stats=stats)
+        return jnp.sum(weights * tapped)
+
+    stats = seen(loss)
+    assert (stats.elements, stats.clipped) == (6, 2)
+    np.testing.assert_allclose(stats.norms, np.linalg.norm(weights), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "place"),
+    [
+        (0.0, 0),
+        (2.0**-126, 2),
+        (0.99, 127),
+        (1.0, 128),
+        (1.99, 128),
+        (2.0, 129),
+        (3e38, 255),
+    ],
+)
+def test_the_histogram_is_over_powers_of_two(size, place):
+    stats = seen(lambda s: size * oc.clip_cotangent(1.0, 1.0, s))
+    assert np.flatnonzero(stats.histogram).tolist() == [place]
+    largest = oc.summary(stats)["cotangent/largest_norm"]
+    assert largest > size or size == 0 == largest
+    assert largest <= 2 * size
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_call_that_is_not_finite_is_counted_apart(bad):
+    weights = jnp.array([1.0, bad, 4.0])
+
+    def loss(stats):
+        def one(weight, x):
+            return weight * oc.clip_cotangent(x, 2.0, stats)
+
+        return jnp.sum(jax.vmap(one)(weights, jnp.ones(3)))
+
+    stats = seen(loss)
+    assert (stats.calls, stats.nonfinite, stats.histogram.sum()) == (3, 1, 2)
+    assert stats.norms == 5
+    assert stats.clipped == (2 if bad == np.inf else 1)
+    named = oc.summary({"a": stats})
+    assert named["cotangent/norm/a"] == 2.5
+    assert named["cotangent/nonfinite_fraction/a"] == np.float32(1 / 3)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "remat"])
+def test_statistics_add_up_over_the_steps_of_a_scan(wrap):
+    def loss(stats):
+        @wrap
+        def step(h, _):
+            return 3 * oc.clip_cotangent(h, 10.0, stats), None
+
+        return jax.lax.scan(step, 1.0, length=50)[0]
+
+    stats = seen(loss)  # 3, 9, then 27 is clipped to 10 and comes back as 30, ...
+    assert (stats.calls, stats.clipped) == (50, 48)
+    assert stats.norms == 3 + 9 + 27 + 47 * 30
+
+
+def test_statistics_of_all_devices_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    weights = np.arange(1.0, 17.0, dtype=np.float32)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P()), out_specs=(P("data"), P())
+    )
+    def grad(w, stats):
+        def loss(x, stats):
+            return jnp.sum(w * oc.clip_cotangent(x, 4.5, stats))
+
+        return jax.grad(loss, argnums=(0, 1))(jnp.ones_like(w), stats)
+
+    slope, stats = grad(weights, oc.cotangent_stats())
+    np.testing.assert_array_equal(slope, np.minimum(weights, 4.5))
+    assert (stats.calls, stats.elements, stats.clipped) == (8, 16, 12)
+    norm = oc.summary(stats)["cotangent/norm"]  # of all devices together
+    np.testing.assert_allclose(norm, np.linalg.norm(weights), rtol=1e-6)
+
+
+def test_statistics_need_their_own_type():
+    bad: Any = jnp.zeros(3)
+    with pytest.raises(TypeError, match=r"Expected stats made by `optaxclip\.cotang"):
+        oc.clip_cotangent(1.0, 1.0, bad)
+
+
+def test_the_derivative_by_a_preactivation_is_clipped():
+    sigmoid = oc.clip_preactivation(jax.nn.sigmoid, (-0.5, 0.1))
+    z = jnp.linspace(-5, 5, 11)
+    np.testing.assert_array_equal(sigmoid(z), jax.nn.sigmoid(z))
+    slope = jax.grad(lambda z: jnp.sum(sigmoid(z)))(z)
+    expected = jax.grad(lambda z: jnp.sum(jax.nn.sigmoid(z)))(z)
+    np.testing.assert_array_equal(slope, jnp.minimum(expected, 0.1))
+
+
+def test_equal_preactivations_are_one_function():
+    bounds: Any = [-1.0, 1.0]
+    same = [oc.clip_preactivation(jnp.tanh, limit) for limit in (bounds, tuple(bounds))]
+    assert same[0] is same[1]
+    assert oc.clip_preactivation(jnp.tanh, 1.0) is not same[0]
+    assert same[0].__name__ == "tanh"
+
+
+@chex.assert_max_traces(n=1)
+def _traced_once(x, activation):
+    return activation(x)
+
+
+def test_equal_models_are_traced_once():
+    run = jax.jit(_traced_once, static_argnums=1)
+    for _ in range(3):
+        run(1.0, oc.clip_preactivation(jnp.tanh, 10.0))
+
+
+def test_a_preactivation_may_have_a_traced_limit():
+    def slope(limit):
+        return jax.grad(oc.clip_preactivation(jnp.tanh, limit))(0.0)
+
+    np.testing.assert_array_equal(
+        jax.jit(jax.vmap(slope))(jnp.array([0.2, 3.0])),
+        np.array([0.2, 1.0], np.float32),
+    )
+
+
+def test_a_bad_preactivation_raises():
+    bad: Any = 1.0
+    with pytest.raises(TypeError, match="Expected activation to be a function, got 1"):
+        oc.clip_preactivation(bad, 1.0)
+    with pytest.raises(ValueError, match="Expected limit >= 0"):
+        oc.clip_preactivation(jnp.tanh, -1.0)

@@ -86,6 +86,19 @@ def test_one_pass_is_exact_for_a_single_element(shape, magnitude, accelerator):
     np.testing.assert_allclose(norm, np.float32(magnitude), rtol=1e-6)
 
 
+@NORMS
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e30])
+def test_one_pass_is_exact_for_constants(norm, truth, magnitude, accelerator):
+    clip: Any = oc.clip_by(norm, 1.0)
+
+    @jax.jit
+    def norms():
+        grads = {"a": jnp.full(4, magnitude), "b": jnp.zeros(())}
+        return clip.update(grads, clip.init(grads))[1].norms
+
+    np.testing.assert_allclose(jnp.max(norms()), np.float32(2 * magnitude), rtol=1e-6)
+
+
 def test_one_pass_keeps_the_nan_and_the_zeros(accelerator):
     grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.zeros(2), "c": jnp.array([3.0])}
     clip: Any = oc.clip_by_leaf_norm(1.0)

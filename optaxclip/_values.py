@@ -91,10 +91,14 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
         else:
             count = jnp.asarray(optax.safe_increment(old.update_count))
             new_state = ClipByValueState(count)
-            entries = [e(old.update_count) if callable(e) else e for e in entries]
+        now = None if old is None else old.update_count
+        bounds = {
+            key: _bounds(entry(now) if callable(entry) else entry, leaves.dtype)
+            for key, entry in {id(entry): entry for entry in entries}.items()
+        }
         paths = leaves.paths()
         clipped = [
-            _clipped(leaves.leaves[i], entry, leaves.dtype, path)
+            _clipped(leaves.leaves[i], bounds[id(entry)], leaves.dtype, path)
             for i, entry, path in zip(leaves.counted, entries, paths, strict=True)
         ]
         return leaves.replaced(clipped), new_state
@@ -125,28 +129,40 @@ def _entries(limit: Limit, leaves: _leaves.Leaves) -> list[Any]:
     ]
 
 
-def _clipped(leaf: Any, limit: Any, dtype: Any, path: str) -> jax.Array:
+def _bounds(limit: Any, dtype: Any) -> tuple[jax.Array, ...]:
+    """Returns low and high, or the one limit of a range that is symmetric."""
+    ends = [jnp.asarray(end, dtype) for end in jax.tree.leaves(limit)]
+    if any(end.shape for end in ends) or len(ends) > 2:
+        raise ValueError(
+            "Expected a schedule that returns a number or a pair (low, high), got"
+            f" shapes {[end.shape for end in ends]}."
+        )
+    if len(ends) == 2:
+        return jnp.minimum(ends[0], 0), jnp.maximum(ends[1], 0)
+    return (jnp.maximum(ends[0], 0),)
+
+
+def _clipped(
+    leaf: Any, bounds: tuple[jax.Array, ...], dtype: Any, path: str
+) -> jax.Array:
     wide = _leaves.widen(leaf, dtype)
+    low, high = -bounds[0] if len(bounds) == 1 else bounds[0], bounds[-1]
     if jnp.iscomplexobj(wide):
-        if isinstance(limit, tuple):
+        if len(bounds) == 2:
             raise ValueError(
                 f"Expected one limit for the modulus of the complex leaf {path!r}, got"
-                f" the range {limit}. Give this leaf a number: a mapping has one per"
+                f" a range {bounds}. Give this leaf a number: a mapping has one per"
                 " pattern."
             )
-        clipped, outside = _by_modulus(wide, _bound(limit, dtype))
+        clipped, outside = _by_modulus(wide, high)
     else:
-        ends = limit if isinstance(limit, tuple) else (-jnp.asarray(limit), limit)
-        low, high = -_bound(-jnp.asarray(ends[0]), dtype), _bound(ends[1], dtype)
-        largest = jnp.finfo(_leaves.narrow(wide, leaf).dtype).max.astype(dtype)
-        clipped = jnp.clip(jnp.clip(wide, low, high), -largest, largest)
-        outside = (wide < low) | (wide > high)
+        clipped, outside = jax.lax.clamp(low, wide, high), (wide < low) | (wide > high)
+        narrow = _leaves.narrow(wide, leaf).dtype
+        if narrow != wide.dtype:  # a bound beyond its largest number would be infinite
+            largest = jnp.finfo(narrow).max.astype(dtype)
+            clipped = jax.lax.clamp(-largest, clipped, largest)
     clipped = _leaves.narrow(clipped, leaf)
-    return jnp.where(outside, clipped, jnp.asarray(leaf, clipped.dtype))
-
-
-def _bound(limit: Any, dtype: Any) -> jax.Array:
-    return jnp.maximum(jnp.asarray(limit, dtype), 0)
+    return jax.lax.select(outside, clipped, jnp.asarray(leaf, clipped.dtype))
 
 
 def _by_modulus(z: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,6 +55,23 @@ def test_clip_by_value_clamps_each_element(limit, expected):
     np.testing.assert_array_equal(clipped(oc.clip_by_value(limit), updates), expected)
 
 
+def test_clip_by_value_takes_a_range_as_a_list():
+    bounds: Any = [-1.0, 2.0]
+    updates = jnp.array([[-9.0, 9.0]])  # as wide as the list
+    for limit in (bounds, {"**": bounds}):
+        np.testing.assert_array_equal(
+            clipped(oc.clip_by_value(limit), updates), [[-1.0, 2.0]]
+        )
+
+
+def test_clip_by_value_wants_numbers_from_its_schedule():
+    clip = oc.clip_by_value(lambda count: jnp.array([1.0, 2.0]))
+    with pytest.raises(
+        ValueError, match=r"a pair \(low, high\), got shapes \[\(2,\)\]"
+    ):
+        clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
+
+
 def test_clip_is_clip_by_value_under_optaxs_name():
     updates = jnp.array([-9.0, 0.5])
     chex.assert_trees_all_equal(

@@ -144,6 +144,22 @@ def test_the_second_derivative_is_finite():
         assert np.isfinite(second).all()
 
 
+def test_it_clips_inside_other_custom_derivatives():
+    def inner(x):
+        return 7 * oc.clip_cotangent(x, 2.0)
+
+    @jax.custom_vjp
+    def outer(x):
+        return inner(x)
+
+    def forward(x):
+        y, pull = jax.vjp(inner, x)
+        return y, pull
+
+    outer.defvjp(forward, lambda pull, g: (10 * pull(g)[0],))
+    assert jax.jit(jax.grad(lambda x: 3 * outer(x)))(1.0) == 20.0
+
+
 def test_forward_mode_raises_the_error_of_jax():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda x: oc.clip_cotangent(x, 1.0), (1.0,), (1.0,))

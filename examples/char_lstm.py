@@ -422,10 +422,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, History]:
     print_sample(names, results, text)
     norms = {chunk: history.norm for chunk, history in histories.items()}
     title = "norm of the gradient before the clip"
-    plot_runs(norms, names, title, options.out / "gradient_norms.png", MAX_NORM)
+    plot_runs(norms, names, title, options.out / "characters_norms.png", MAX_NORM)
     losses = {chunk: history.loss for chunk, history in histories.items()}
     title = "loss of the chunk (nats per character)"
-    plot_runs(losses, names, title, options.out / "learning_curves.png")
+    plot_runs(losses, names, title, options.out / "characters_loss.png")
     print(f"Figures are in {options.out}.")
     return histories
 

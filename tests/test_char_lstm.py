@@ -64,10 +64,10 @@ def test_the_table_names_all_settings_and_the_best_clipped_run_writes(quick):
     assert len(printed.split("--- and writes\n")[1].split("---\nFigures")[0]) >= 200
 
 
-@pytest.mark.parametrize("name", ["gradient_norms", "learning_curves"])
+@pytest.mark.parametrize("name", ["norms", "loss"])
 def test_figures_are_written(quick, name):
     *_, folder = quick
-    assert (folder / f"{name}.png").stat().st_size > 10_000
+    assert (folder / f"characters_{name}.png").stat().st_size > 10_000
 
 
 def test_chunks_go_on_where_the_last_one_ended_and_round_the_text(char_lstm):

@@ -377,6 +377,35 @@ def test_property_what_needs_no_clipping_is_untouched(case, ratio):
     np.testing.assert_allclose(norm, exact, rtol=1e-6)
 
 
+@jax.jit
+def clip_cotangents(cotangents, limit):
+    """By norm and by value, with the norm that the statistics report."""
+
+    def tapped(x, stats):
+        by_norm = oc.clip_cotangent_norm(x, limit, stats=stats)
+        return by_norm, oc.clip_cotangent(x, limit)
+
+    pull = jax.vjp(tapped, cotangents, oc.cotangent_stats())[1]
+    zeros = jax.tree.map(jnp.zeros_like, cotangents)
+    by_norm, stats = pull((cotangents, zeros))
+    by_value, _ = pull((zeros, cotangents))
+    return jnp.concatenate(by_norm), jnp.concatenate(by_value), stats.norms
+
+
+@hypothesis.given(flat_updates(), ratios)
+def test_property_a_cotangent_is_clipped_like_an_update(case, ratio):
+    _, values = case
+    exact = helpers.vector_norm([values.astype(np.float64)])
+    limit = float(np.float32(min(ratio * exact, FLOAT32_MAX)))
+    hypothesis.assume(usable(limit) and exact < FLOAT32_MAX)
+    by_norm, by_value, norm = clip_cotangents(as_leaves(values), jnp.float32(limit))
+    expected, _ = clipped_and_norm(values, limit)
+    np.testing.assert_array_equal(by_norm, expected)
+    bounded = np.clip(values.astype(np.float32), -limit, limit).astype(values.dtype)
+    np.testing.assert_array_equal(by_value, bounded)
+    np.testing.assert_allclose(norm, exact, rtol=1e-6)
+
+
 @hypothesis.given(flat_updates(), ratios)
 def test_property_clipping_twice_is_clipping_once(case, ratio):
     dtype, values = case

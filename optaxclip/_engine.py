@@ -200,19 +200,22 @@ def multiplied(
     rests: _scopes.Packed,
 ) -> Any:
     """Returns the updates times their factors, untouched where the factor is 1."""
-    scales, rests = (
+    untouched = jax.tree.map(lambda scale, rest: scale * rest == 1, scales, rests)
+    columns = [
         _scopes.of_leaf(packed, scopes, len(leaves.counted))
-        for packed in (scales, rests)
-    )
-    every = zip(leaves.counted, scales, rests, strict=True)
+        for packed in (scales, rests, untouched)
+    ]
+    every = zip(leaves.counted, *columns, strict=True)
     return leaves.replaced(
-        [_times(leaves.leaves[i], leaves.dtype, *pair) for i, *pair in every]
+        [_times(leaves.leaves[i], leaves.dtype, *row) for i, *row in every]
     )
 
 
-def _times(leaf: Any, dtype: Any, scale: jax.Array, rest: jax.Array) -> jax.Array:
+def _times(
+    leaf: Any, dtype: Any, scale: jax.Array, rest: jax.Array, untouched: jax.Array
+) -> jax.Array:
     product = _leaves.narrow(_leaves.widen(leaf, dtype) * scale * rest, leaf)
-    untouched, leaf = scale * rest == 1, jnp.asarray(leaf, product.dtype)
+    leaf = jnp.asarray(leaf, product.dtype)
     # Where it can be had, `select`: it is quicker to trace and compile than `where`.
     choose = jnp.where if untouched.ndim else jax.lax.select
     return choose(untouched, leaf, product)

@@ -53,23 +53,31 @@ def pieces(leaves: Sequence[jax.Array], scopes: Sequence[int]) -> list[Piece]:
     return found
 
 
-def scaled(x: jax.Array, scale: float) -> jax.Array:
+def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
     """Returns ``x * scale``, in a form that the compiler leaves alone when squared.
 
     Where it knows enough of ``x`` (a constant, a single element) it would otherwise
     compute ``x**2 * scale**2``, which is 0 times infinity.
+
+    Args:
+      x: array.
+      scale: power of two.
+      square: whether the square will be taken; infinities may then become the largest
+        number, whose square is infinite as well.
     """
     if scale == 1:
         return x
     if jnp.iscomplexobj(x):
-        return jax.lax.complex(scaled(x.real, scale), scaled(x.imag, scale))
+        parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
+        return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
-    return jnp.where(jnp.isinf(x), x, jnp.clip(x * scale, -largest, largest))
+    product = jax.lax.clamp(-largest, x * scale, largest)
+    return product if square else jnp.where(jnp.isinf(x), x, product)
 
 
 def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.Array:
     """Returns the norms of the scopes 0, 1, ... times ``scale``, one vector."""
-    pieces = [piece._replace(array=scaled(piece.array, scale)) for piece in pieces]
+    pieces = [p._replace(array=scaled(p.array, scale, ord == 2)) for p in pieces]
     if ord == 1:
         return _totals(pieces, count, _modulus, jnp.sum)
     if ord == 2:
@@ -84,8 +92,11 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
     )
 
 
-def kept_norm(x: jax.Array, axes: tuple[int, ...], ord: float) -> jax.Array:
-    """Returns the norm along ``axes``, which are kept with size 1."""
+def kept_norm(
+    x: jax.Array, scale: float, axes: tuple[int, ...], ord: float
+) -> jax.Array:
+    """Returns the norm along ``axes``, kept with size 1, times ``scale``."""
+    x = scaled(x, scale, ord == 2)
     if ord == 1:
         return jnp.sum(_modulus(x), axis=axes, keepdims=True)
     if ord == 2:

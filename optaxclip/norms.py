@@ -243,9 +243,7 @@ def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> _scopes.P
     ]
 
     def norms(scale: float) -> _scopes.Units:
-        parts = [
-            _reduce.kept_norm(_reduce.scaled(x, scale), some, ord) for x, some in others
-        ]
+        parts = [_reduce.kept_norm(x, scale, some, ord) for x, some in others]
         return _scopes.Units(of_whole(scale), parts, is_whole)
 
     return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)

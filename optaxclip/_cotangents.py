@@ -12,14 +12,16 @@ from jax.typing import ArrayLike
 from optaxclip import _checks, _engine, _leaves, _mesh, _values, norms
 
 _BINS = 256
+_TRANSFORMATION = optax.GradientTransformation  # a tuple of two as well
 
 
 class CotangentStats(NamedTuple):
     """What a clip in the backward pass saw, summed over its calls; all float32.
 
     A call is one step of a scan, one example of a ``vmap``, one device of a
-    ``shard_map``. Cotangents are only ever added, so everything here is a sum; the
-    histogram stands in for the largest norm. Read it with :func:`optaxclip.summary`.
+    ``shard_map``. Cotangents are only ever added, so everything here is a sum, and a
+    histogram shows how large the largest norm was. Read it with
+    :func:`optaxclip.summary`.
 
     Attributes:
       calls: their number.
@@ -43,14 +45,15 @@ def cotangent_stats() -> CotangentStats:
     """Returns a dummy parameter whose "gradient" is what a clip saw.
 
     What happens in a backward pass cannot be returned from it, but a gradient can. So
-    give this to a clip as ``stats``, and differentiate with respect to it as well.
+    give this to a clip as ``stats``, and differentiate with respect to it as well. Give
+    it anew at every step: what comes back is the count of that step alone.
 
     Returns:
       :class:`CotangentStats` of zeros.
 
     Examples:
       >>> def loss(x, stats):
-      ...     return jnp.sum(optaxclip.clip_cotangent(x, 1.0, stats) ** 2)
+      ...     return jnp.sum(optaxclip.clip_cotangent(x, 1.0, stats=stats) ** 2)
       >>> stats = optaxclip.cotangent_stats()
       >>> x = jnp.array([1.5, 2.0, 0.1])
       >>> grads, stats = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, stats)
@@ -62,12 +65,12 @@ def cotangent_stats() -> CotangentStats:
       cotangent/nonfinite_fraction 0.00
       cotangent/calls              1.00
     """
-    zero = jnp.zeros(())
-    return CotangentStats(zero, zero, zero, zero, zero, jnp.zeros(_BINS))
+    zero = jnp.zeros((), jnp.float32)
+    return CotangentStats(zero, zero, zero, zero, zero, jnp.zeros(_BINS, jnp.float32))
 
 
 def clip_cotangent(
-    x: Any, limit: _values.Range, stats: CotangentStats | None = None
+    x: Any, limit: _values.Range, *, stats: CotangentStats | None = None
 ) -> Any:
     r"""Returns ``x``; clips every element of its cotangent on the way back.
 
@@ -92,7 +95,8 @@ def clip_cotangent(
 
     Raises:
       TypeError: a limit that is neither a number nor a pair; stats of another type;
-        forward-mode differentiation (``jax.jvp``, ``jax.jacfwd``), JAX's own error.
+        forward-mode differentiation of this function (``jax.jvp``, ``jax.jacfwd``),
+        JAX's own error.
       ValueError: a negative or NaN limit, a range without 0, a range for a complex
         leaf.
 
@@ -105,7 +109,7 @@ def clip_cotangent(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    _values.check_range(limit, "limit")
+    check_limit(limit, "limit")
     ends = tuple(limit) if isinstance(limit, tuple | list) else limit
     ends = jax.tree.map(_as_float, ends)
     return _tapped(x, ends, _spread(stats, x), _values.clip_by_value)
@@ -114,7 +118,8 @@ def clip_cotangent(
 def clip_cotangent_norm(
     x: Any,
     max_norm: ArrayLike,
-    axis: int | tuple[int, ...] | None = None,
+    axis: norms.Axes = None,
+    *,
     stats: CotangentStats | None = None,
 ) -> Any:
     r"""Returns ``x``; rescales its cotangent to a norm of at most ``max_norm``.
@@ -130,9 +135,9 @@ def clip_cotangent_norm(
       x: tree of arrays.
       max_norm: largest L2 norm allowed, possibly traced, when a negative one counts
         as 0.
-      axis: the axes that a norm goes over; None, all axes of all leaves together. For
-        activations ``[batch, time, features]``, -1 clips each token and ``(1, 2)`` each
-        example.
+      axis: the axes that a norm goes over, or a mapping from path patterns to axes;
+        None, all axes of all leaves together. For activations ``[batch, time,
+        features]``, -1 clips each token and ``(1, 2)`` each example.
       stats: as in :func:`clip_cotangent`; its norm is that of all of ``x``.
 
     Raises:
@@ -148,7 +153,7 @@ def clip_cotangent_norm(
        [0.6 0. ]]
     """
     _checks.number(max_norm, "max_norm")
-    norm = norms.global_norm
+    norm: Any = norms.global_norm
     if axis is not None:
         norm = functools.partial(norms.unit_norms, axis=axis)
     jax.eval_shape(norm, x)  # a bad axis raises here, not first on the way back
@@ -166,16 +171,16 @@ def clip_preactivation(
     For what a layer lets you choose. With the gates and the activation of an LSTM cell
     it is the rule of Graves up to one thing: cells apply the activation to the cell
     state too, so that is clipped as well. In the trained LSTM of
-    ``examples/lstm_handwriting.py`` this turns his gradient by 2 % of its norm with a
-    limit of 10, by 8 % with 1. :func:`clip_layer_cotangents` is exact.
+    ``examples/lstm_handwriting.py`` the gradient differs from his by 2 % of its norm
+    with a limit of 10, by 8 % with 1. :func:`clip_layer_cotangents` is exact.
 
     Args:
       activation: function of one array.
       limit: as in :func:`clip_cotangent`.
 
     Returns:
-      A function; for the same static arguments always the same one, so two equal models
-      are traced once.
+      A function; for equal static arguments the same one, so that equal models are
+      traced once.
 
     Raises:
       TypeError, ValueError: an activation that is not a function; see
@@ -192,7 +197,7 @@ def clip_preactivation(
       ... )
     """
     _checks.function(activation, "activation")
-    _values.check_range(limit, "limit")
+    check_limit(limit, "limit")
     static: Any = tuple(limit) if isinstance(limit, list) else limit
     try:
         return _preactivation(activation, static)
@@ -269,6 +274,24 @@ def _spread(stats: Any, x: Any) -> Any:
         )
     leaves = jax.tree.leaves(x)
     return jax.tree.map(lambda s: _mesh.vary_like(s, *leaves), stats)
+
+
+def check_limit(limit: Any, what: str) -> None:
+    """Raises unless ``limit`` is a number or a pair of numbers around 0."""
+    ends = limit if isinstance(limit, tuple | list) else (limit,)
+    for end in ends:
+        numeric = isinstance(end, int | float) or hasattr(end, "dtype")
+        if isinstance(end, bool) or not numeric or isinstance(limit, _TRANSFORMATION):
+            raise TypeError(
+                f"Expected {what} to be a number or a pair (low, high), got {limit!r}"
+                f" of type {type(limit).__name__}."
+            )
+        if jnp.shape(end):
+            raise ValueError(
+                f"Expected {what} to be a number or a pair (low, high), got an array of"
+                f" shape {jnp.shape(end)}."
+            )
+    _values.check_range(limit, what)
 
 
 def _as_float(limit: ArrayLike) -> jax.Array:

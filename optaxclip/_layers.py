@@ -1,17 +1,24 @@
 """Clips between the layers of a Flax model, without touching the model's code."""
 
 import contextlib
+import contextvars
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from optaxclip import _checks, _cotangents, _paths, _values
 
 LayerLimit = _values.Range | Callable[[Any], Any]
-_TAP = "_optaxclip_tap"  # attribute of an nnx module
+Tap = Callable[[str, Any], Any]  # (path of a layer, its output) -> the output
+
+# Of the functions that are running, the outermost first.
+_taps: contextvars.ContextVar[tuple[Tap, ...]] = contextvars.ContextVar("taps")
+_calls = itertools.count()
 
 
 def clip_layer_cotangents(
@@ -25,13 +32,12 @@ def clip_layer_cotangents(
 
     before the backward pass enters the layer. A layer is a Flax module that is called:
     of linen, anywhere in ``fun``; of nnx, within a model that is an argument of
-    ``fun``. The model's code stays as it is, also where it scans, rematerialises or
-    maps.
+    ``fun``. The model's code stays as it is, also where it scans, rematerialises, maps
+    or compiles: all of it is traced anew at every call. So compile the whole,
+    ``jax.jit(jax.grad(clip_layer_cotangents(loss, limits)))``. Modules of other
+    libraries are not seen; put :func:`clip_cotangent` into their code.
 
-    Wrap the function that you differentiate, and compile last:
-    ``jax.jit(jax.grad(clip_layer_cotangents(loss, limits)))``. What is compiled
-    already, or is not a Flax module, is not seen; there put :func:`clip_cotangent` into
-    the code.
+    While ``fun`` runs, the modules of an nnx model have a subclass of their class.
 
     Graves' rule for an LSTM: the pre-activations of its gates within 10, what comes
     from the outputs within 100. In linen ``nn.LSTMCell`` has a dense layer for every
@@ -49,15 +55,17 @@ def clip_layer_cotangents(
         functions that take the layer's output and return it, such as
         ``partial(clip_cotangent_norm, max_norm=1.0, axis=-1)``. A path is that of the
         module among the params, ``encoder/dense_0``; a pattern names the module itself,
-        not those in it (``encoder/**`` names all). A layer that no pattern names stays
-        free. The carries that a cell returns are clipped too; the steps of ``nn.scan``
-        and ``nn.RNN`` are one layer.
+        not those in it (``encoder/**`` names all), and ``/`` the model as a whole. A
+        layer that no pattern names stays free. The carries that a cell returns are
+        clipped too; the steps of ``nn.scan`` and ``nn.RNN`` are one layer, and so are
+        all uses of a shared nnx module, under its first path.
 
     Raises:
       TypeError: ``fun`` is not a function, a pattern is not a string, a limit is
         neither a number, a pair nor a function.
       ValueError: a negative or NaN limit; from the function, if a pattern names no
-        layer that was called, or two equally specific ones name the same.
+        layer that was called, two equally specific ones name the same, or a function
+        among the limits changes the structure, a shape or a dtype of an output.
 
     Examples:
       >>> model = nn.Sequential([nn.Dense(2), jnp.tanh, nn.Dense(1)])
@@ -80,7 +88,7 @@ def clip_layer_cotangents(
             f" {limits!r}. To clip every layer alike, write {{'**': limit}}."
         )
     _checks.mapping(limits, "limits", _check_limit)
-    _paths.check(limits)
+    _paths.check_layers(limits)
 
     @functools.wraps(fun)
     def clipped(*args: Any, **kwargs: Any) -> Any:
@@ -88,9 +96,15 @@ def clip_layer_cotangents(
 
         def tap(path: str, output: Any) -> Any:
             pattern = called[path] = _paths.of_layer(limits, path, "limits")
-            return output if pattern is None else _clip(output, limits[pattern])
+            return output if pattern is None else _clip(output, limits[pattern], path)
 
-        with _linen_layers(tap), _nnx_layers((args, kwargs), tap):
+        with (
+            # Part of the key of JAX's caches of traces: none of them may hold this tap
+            # for a later call, or the function without it for this one.
+            set_xla_metadata(optaxclip_call=str(next(_calls))),
+            _linen_layers(tap),
+            _nnx_layers((fun, args, kwargs), tap),
+        ):
             result = fun(*args, **kwargs)
         _check_called(limits, called)
         return result
@@ -98,37 +112,54 @@ def clip_layer_cotangents(
     return clipped
 
 
-def _clip(output: Any, limit: Any) -> Any:
-    return (
-        limit(output) if callable(limit) else _cotangents.clip_cotangent(output, limit)
-    )
+def _clip(output: Any, limit: Any, path: str) -> Any:
+    if not callable(limit):
+        leaves, treedef = jax.tree.flatten(output)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+        clipped = iter(_cotangents.clip_cotangent(arrays, limit))
+        return treedef.unflatten(
+            [next(clipped) if isinstance(x, jax.Array) else x for x in leaves]
+        )
+    clipped = limit(output)
+    came, expected = jax.tree.map(jax.typeof, (clipped, output))
+    if came != expected:
+        raise ValueError(
+            f"Expected the function for the layer {(path or '/')!r} to return the"
+            f" output that it is given, {expected}, got {came}."
+        )
+    return clipped
 
 
 def _check_limit(limit: Any, what: str) -> None:
     if not callable(limit):
-        _values.check_range(limit, what)
+        try:
+            _cotangents.check_limit(limit, what)
+        except TypeError as error:
+            raise TypeError(
+                f"{error} For a norm write"
+                " `partial(optaxclip.clip_cotangent_norm, max_norm=1.0)`."
+            ) from error
 
 
 def _check_called(limits: Mapping[str, Any], called: Mapping[str, str | None]) -> None:
     if not called:
         raise ValueError(
-            "Expected `fun` to call Flax modules, got none. Wrap the function that you"
-            " differentiate before it is compiled, `jax.jit(jax.grad(wrapped))`, and"
-            " pass an nnx model as an argument. In other models put `clip_cotangent`"
-            " into the code."
+            "Expected `fun` to call Flax modules, got none. Pass an nnx model as an"
+            " argument. In models of other libraries put `clip_cotangent` into the"
+            " code."
         )
     for pattern in limits:
         if pattern not in called.values():
-            layers = sorted(path or "the model itself" for path in called)
+            layers = sorted(path or "/" for path in called)
             raise ValueError(
                 f"Every pattern of limits has to name a layer that is called:"
                 f" {pattern!r} names none. The layers called are {layers}. A pattern"
-                " names the layer itself; add '/**' for all in it."
+                " names a layer, not its parameters; 'a/**' names all layers in a."
             )
 
 
 @contextlib.contextmanager
-def _linen_layers(tap: Callable[[str, Any], Any]) -> Iterator[None]:
+def _linen_layers(tap: Tap) -> Iterator[None]:
     """Passes what linen modules return through ``tap``."""
     linen: Any = sys.modules.get("flax.linen")
 
@@ -143,11 +174,11 @@ def _linen_layers(tap: Callable[[str, Any], Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nnx_layers(arguments: Any, tap: Callable[[str, Any], Any]) -> Iterator[None]:
+def _nnx_layers(arguments: Any, tap: Tap) -> Iterator[None]:
     """Passes what nnx modules return through ``tap``.
 
-    They know no interceptors, so they get another class for a while. The tap goes along
-    as an attribute where transformations take a module apart and build it anew.
+    They know no interceptors, so they get another class for a while, which stays with
+    them where transformations take a module apart and build it anew.
     """
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is None:
@@ -157,33 +188,34 @@ def _nnx_layers(arguments: Any, tap: Callable[[str, Any], Any]) -> Iterator[None
     def is_model(x: Any) -> bool:
         return isinstance(x, nnx.Module)
 
+    running = _taps.get(())
     models = filter(is_model, jax.tree.leaves(arguments, is_leaf=is_model))
     found = {
-        id(node): ("/".join(map(str, keys)), node, type(node), getattr(node, _TAP, ()))
+        id(node): (node, type(node), "/".join(map(str, keys)))
         for model in models
         for keys, node in nnx.iter_graph(model)
         if is_model(node) and callable(node)
     }
+    token = _taps.set((*running, tap))
     try:
-        for path, module, cls, taps in found.values():
-            object.__setattr__(module, _TAP, (*taps, functools.partial(tap, path)))
-            if not taps:
-                object.__setattr__(module, "__class__", _tapped_class(cls))
+        for module, cls, path in found.values():
+            tapped = _tapped_class(cls, path, len(running))
+            object.__setattr__(module, "__class__", tapped)
         yield
     finally:
-        for _, module, cls, taps in found.values():
+        _taps.reset(token)
+        for module, cls, _ in found.values():
             object.__setattr__(module, "__class__", cls)
-            object.__setattr__(module, _TAP, taps)
-            if not taps:
-                object.__delattr__(module, _TAP)
 
 
 @functools.cache
-def _tapped_class(cls: Any) -> type:
+def _tapped_class(cls: Any, path: str, depth: int) -> type:
+    """Returns a subclass that passes what is returned through the tap at ``depth``."""
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.__call__(self, *args, **kwargs)
-        for tap in getattr(self, _TAP):
-            output = tap(output)
-        return output
+        taps = _taps.get(())
+        return taps[depth](path, output) if depth < len(taps) else output
 
-    return type(cls.__name__, (cls,), {"__call__": __call__})
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {"__call__": __call__} | names)

@@ -58,16 +58,19 @@ def resolve(
 def of_layer(patterns: Iterable[str], path: str, what: str) -> str | None:
     """Returns the winning pattern of a module itself, not of what is below it.
 
+    The pattern "/" names the model as a whole, whose path is empty.
+
     Raises:
       ValueError: two equally specific patterns match the module.
     """
     return _most_specific(list(patterns), path, what, below="")
 
 
-def check(patterns: Iterable[Any]) -> None:
-    """Raises unless all patterns are strings that can match something."""
+def check_layers(patterns: Iterable[Any]) -> None:
+    """Raises unless all patterns are strings that can name a module."""
     for pattern in patterns:
-        _checked(pattern)
+        if pattern != "/":
+            _checked(pattern)
 
 
 def cover(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[str]:

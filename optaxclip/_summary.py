@@ -42,8 +42,8 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       * ``cotangent/norm``: mean L2 norm of a call, before the clip;
       * ``cotangent/largest_norm``: power of two above the largest one;
       * ``cotangent/clipped_fraction``: share of the elements that were changed;
-      * ``cotangent/nonfinite_fraction``: share of calls with a NaN or an infinity,
-        which the norms leave out;
+      * ``cotangent/nonfinite_fraction``: share of calls whose norm is NaN or infinite,
+        which the other norms leave out;
       * ``cotangent/calls``: their number.
 
     Args:
@@ -57,7 +57,8 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       by ``vmap``, take ``jax.vmap(summary)``.
 
     Raises:
-      ValueError: there is neither a clip in ``opt_state`` nor what one saw.
+      ValueError: there is neither a clip in ``opt_state`` nor what one saw, or that
+        has a batch axis.
 
     Examples:
       >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -77,7 +78,7 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         raise ValueError(
             "Expected the state of an optimizer with a clip of this library in it, got"
             f" {type(opt_state).__name__} without one. Pass what `tx.init` or"
-            " `tx.update` returned."
+            " `tx.update` returned, or the gradient of `cotangent_stats()`."
         )
     same = collections.Counter(labels for labels, _, _ in found)
     seen: collections.Counter[str] = collections.Counter()
@@ -121,6 +122,11 @@ def _cotangents(node: Any) -> dict[str, jax.Array]:
 
 def _seen(stats: CotangentStats) -> dict[str, jax.Array]:
     calls, norms, nonfinite, elements, clipped, histogram = stats
+    if histogram.ndim != 1:
+        raise ValueError(
+            f"Expected statistics without a batch axis, got shape {histogram.shape} for"
+            " the histogram. Call `jax.vmap(summary)`."
+        )
     bins = histogram.shape[-1]
     last = jnp.max(jnp.where(histogram > 0, jnp.arange(bins), 0))
     bound = jnp.ldexp(jnp.ones_like(norms), last - bins // 2 + 1)

@@ -156,7 +156,8 @@ def _clipped(
             )
         clipped, outside = _by_modulus(wide, high)
     else:
-        clipped, outside = jax.lax.clamp(low, wide, high), (wide < low) | (wide > high)
+        clipped = jax.lax.clamp(low, wide, high)
+        outside = ~((low <= wide) & (wide <= high))  # also where a bound is NaN
         narrow = _leaves.narrow(wide, leaf).dtype
         if narrow != wide.dtype:  # a bound beyond its largest number would be infinite
             largest = jnp.finfo(narrow).max.astype(dtype)
@@ -171,7 +172,7 @@ def _by_modulus(z: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
     unit = jax.lax.stop_gradient(jnp.where(jnp.isfinite(unit) & (unit > 0), unit, 1))
     z = z / unit
     modulus = _reduce.root(_reduce.square(z), 2)
-    outside = modulus > limit / unit
+    outside = ~(modulus <= limit / unit)
     return z * (limit / jnp.where(outside, modulus, 1)), outside
 
 

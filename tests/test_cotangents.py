@@ -48,6 +48,12 @@ def test_a_traced_negative_limit_counts_as_zero():
         assert not slope(jnp.ones(3), -1.0).any()
 
 
+def test_a_traced_limit_that_is_nan_is_not_silent():
+    for tap in (oc.clip_cotangent, oc.clip_cotangent_norm):
+        slope = jax.jit(jax.grad(lambda x, c, tap=tap: jnp.sum(tap(x, c))))
+        assert np.isnan(slope(jnp.ones(3), jnp.nan)).all()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_the_dtype_is_kept(dtype):
     x = jnp.array([3.0, 4.0], dtype)
@@ -187,8 +193,10 @@ def test_inside_shard_map_the_norm_is_that_of_all_devices():
         (float("nan"), ValueError, "Expected limit >= 0, got nan"),
         ((1.0, 2.0), ValueError, "Expected low <= 0 <= high in limit"),
         ((1.0,), ValueError, r"Expected limit to be a pair \(low, high\)"),
-        ("1", TypeError, "limit"),
-        ({"a": 1.0}, TypeError, "limit"),
+        ("1", TypeError, r"limit to be a number or a pair \(low, high\), got '1' of"),
+        (None, TypeError, "to be a number or a pair .*got None of type NoneType"),
+        ({"a": 1.0}, TypeError, "to be a number or a pair"),
+        (jnp.ones(3), ValueError, r"to be a number or a pair .*array of shape \(3,\)"),
     ],
 )
 def test_a_bad_limit_raises(limit, error, message):
@@ -227,7 +235,9 @@ def seen(loss, *args):
 
 def test_statistics_of_one_call():
     weights = jnp.array([3.0, -4.0, 0.0, 0.1])
-    stats = seen(lambda s: jnp.sum(weights * oc.clip_cotangent(jnp.ones(4), 1.0, s)))
+    stats = seen(
+        lambda s: jnp.sum(weights * oc.clip_cotangent(jnp.ones(4), 1.0, stats=s))
+    )
     assert all(leaf.dtype == jnp.float32 for leaf in stats)
     assert (stats.calls, stats.nonfinite, stats.elements, stats.clipped) == (1, 0, 4, 2)
     np.testing.assert_allclose(stats.norms, np.linalg.norm(weights), rtol=1e-6)
@@ -259,7 +269,7 @@ def test_statistics_of_a_norm_count_the_elements_that_it_changed():
     ],
 )
 def test_the_histogram_is_over_powers_of_two(size, place):
-    stats = seen(lambda s: size * oc.clip_cotangent(1.0, 1.0, s))
+    stats = seen(lambda s: size * oc.clip_cotangent(1.0, 1.0, stats=s))
     assert np.flatnonzero(stats.histogram).tolist() == [place]
     largest = oc.summary(stats)["cotangent/largest_norm"]
     assert largest > size or size == 0 == largest
@@ -272,7 +282,7 @@ def test_a_call_that_is_not_finite_is_counted_apart(bad):
 
     def loss(stats):
         def one(weight, x):
-            return weight * oc.clip_cotangent(x, 2.0, stats)
+            return weight * oc.clip_cotangent(x, 2.0, stats=stats)
 
         return jnp.sum(jax.vmap(one)(weights, jnp.ones(3)))
 
@@ -290,7 +300,7 @@ def test_statistics_add_up_over_the_steps_of_a_scan(wrap):
     def loss(stats):
         @wrap
         def step(h, _):
-            return 3 * oc.clip_cotangent(h, 10.0, stats), None
+            return 3 * oc.clip_cotangent(h, 10.0, stats=stats), None
 
         return jax.lax.scan(step, 1.0, length=50)[0]
 
@@ -309,7 +319,7 @@ def test_statistics_of_all_devices_inside_shard_map():
     )
     def grad(w, stats):
         def loss(x, stats):
-            return jnp.sum(w * oc.clip_cotangent(x, 4.5, stats))
+            return jnp.sum(w * oc.clip_cotangent(x, 4.5, stats=stats))
 
         return jax.grad(loss, argnums=(0, 1))(jnp.ones_like(w), stats)
 
@@ -320,10 +330,17 @@ def test_statistics_of_all_devices_inside_shard_map():
     np.testing.assert_allclose(norm, np.linalg.norm(weights), rtol=1e-6)
 
 
+def test_statistics_with_a_batch_axis_are_refused():
+    stats = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), oc.cotangent_stats())
+    with pytest.raises(ValueError, match=r"Call `jax\.vmap\(summary\)`"):
+        oc.summary(stats)
+    assert jax.vmap(oc.summary)(stats)["cotangent/norm"].shape == (2,)
+
+
 def test_statistics_need_their_own_type():
     bad: Any = jnp.zeros(3)
     with pytest.raises(TypeError, match=r"Expected stats made by `optaxclip\.cotang"):
-        oc.clip_cotangent(1.0, 1.0, bad)
+        oc.clip_cotangent(1.0, 1.0, stats=bad)
 
 
 def test_the_derivative_by_a_preactivation_is_clipped():

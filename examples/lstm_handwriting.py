@@ -423,35 +423,34 @@ def new_figure(rows: int, columns: int, figsize, **options):
     return figure, figure.subplots(rows, columns, **options)
 
 
-def plot_band(ax, values, color: str) -> None:
-    """Draws the median of the runs, and a band between their quartiles."""
-    low, middle, high = np.percentile(np.nan_to_num(values, nan=1e30), (25, 50, 75), 0)
+def plot_runs(ax, values, loss, highest: float) -> None:
+    """Draws the median of the runs and a band between their quartiles.
+
+    Where runs blow up, it draws each of them, up to the last step before that.
+    """
     steps = np.arange(1, values.shape[-1] + 1)
-    ax.fill_between(steps, low, high, color=color, alpha=0.3, linewidth=0)
-    ax.plot(steps, middle, color=color)
+    lost = blown_up(loss).cumsum(axis=-1) > 0
+    if not lost.any():
+        low, middle, high = np.percentile(values, (25, 50, 75), axis=0)
+        ax.fill_between(steps, low, high, color="C0", alpha=0.3, linewidth=0)
+        ax.plot(steps, middle, color="C0")
+        return
+    for run, length in zip(values, (~lost).sum(axis=-1), strict=True):
+        ax.plot(steps[:length], run[:length], color="C3", alpha=0.5)
+        if 0 < length < run.size:
+            ax.plot(length, min(run[length - 1], highest), "x", color="black")
 
 
 def plot_loss(names: Sequence[str], history: History, path: Path) -> None:
     """Shows the loss of each batch; without a clip run by run, up to the explosion."""
     figure, axes = new_figure(1, len(names), (15, 4), sharey=True)
-    steps = np.arange(1, history.loss.shape[-1] + 1)
     for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        lost = blown_up(history.loss[i])
-        if lost.any():
-            for run, gone in zip(
-                history.loss[i], lost.cumsum(axis=-1) > 0, strict=True
-            ):
-                ax.plot(steps, np.where(gone, np.nan, run), color="C3", alpha=0.5)
-                last = np.flatnonzero(~gone).max(initial=0)
-                if gone.any():
-                    ax.plot(steps[last], min(run[last], 5.5), "x", color="black")
-        else:
-            plot_band(ax, history.loss[i], "C0")
+        plot_runs(ax, history.loss[i], history.loss[i], highest=5.5)
         ax.set(title=name, xlabel="step", ylim=(-3.5, 6))
     axes[0].set(ylabel="loss of the batch, nats per time step")
     figure.suptitle(
         "The loss: median and quartiles; where runs blow up, each of them up to the"
-        " last step (x) below 1000"
+        " last step (x) with a loss below 1000"
     )
     figure.savefig(path)
 
@@ -460,13 +459,14 @@ def plot_norms(settings: dict[str, Setting], history: History, path: Path) -> No
     """Shows the norm before the clip: it grows while the loss falls."""
     figure, axes = new_figure(1, len(settings), (15, 4), sharey=True)
     for i, (ax, name) in enumerate(zip(axes, settings, strict=True)):
-        plot_band(ax, history.norm[i], "C3" if name == "no clip" else "C0")
+        plot_runs(ax, history.norm[i], history.loss[i], highest=7e6)
         if math.isfinite(settings[name].max_norm):
             ax.axhline(settings[name].max_norm, color="black", linestyle="--")
         ax.set(title=name, xlabel="step", yscale="log", ylim=(1, 1e7))
     axes[0].set(ylabel="norm of the gradient")
     figure.suptitle(
-        "The gradient before the clip: median and quartiles; dashed: the threshold"
+        "The gradient before the clip (dashed: the threshold): median and quartiles;"
+        " where runs blow up, each of them up to the last step (x) before it"
     )
     figure.savefig(path)
 

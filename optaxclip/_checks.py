@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import optax
 
+THRESHOLD = "a number, a schedule, a rule, or a mapping from path patterns to those"
 STATIC = (int, float, np.generic, np.ndarray)  # numbers known without running anything
 
 
-def number(value: Any, what: str, minimum: float = 0.0) -> None:
+def number(
+    value: Any, what: str, minimum: float = 0.0, kinds: str = "a number"
+) -> None:
     """Raises unless ``value`` is a real scalar, possibly traced.
+
+    Args:
+      value: what came.
+      what: the argument's name, for the message.
+      minimum: smallest number allowed.
+      kinds: what the argument may be, for the message.
 
     Raises:
       TypeError: not a number, or one that is not real.
@@ -20,14 +29,12 @@ def number(value: Any, what: str, minimum: float = 0.0) -> None:
     """
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
-        raise TypeError(_unfit(value, what))
+        raise TypeError(_unfit(value, what, kinds))
     if is_array and getattr(getattr(value, "dtype", None), "kind", "O") in "bcOSU":
-        raise TypeError(_unfit(value, what))
+        raise TypeError(_unfit(value, what, kinds))
     if np.shape(value) != ():
         raise ValueError(
-            f"Expected {what} to be a scalar, got shape {np.shape(value)}."
-            " To give leaves thresholds of their own, use a mapping"
-            " {path pattern: threshold}."
+            f"Expected {what} to be {kinds}, got an array of shape {np.shape(value)}."
         )
     if isinstance(value, STATIC):
         if math.isnan(float(value)) or float(value) < minimum:
@@ -42,7 +49,7 @@ def threshold(value: Any, what: str) -> None:
     if isinstance(value, Mapping):
         mapping(value, what, threshold)
     elif not isinstance(value, optax.GradientTransformation) and not callable(value):
-        number(value, what)
+        number(value, what, kinds=THRESHOLD)
 
 
 def mapping(
@@ -88,9 +95,8 @@ def rule(value: Any, what: str) -> optax.GradientTransformation:
     return value
 
 
-def _unfit(value: Any, what: str) -> str:
+def _unfit(value: Any, what: str, kinds: str) -> str:
     return (
-        f"Expected {what} to be a number, a schedule, a rule, or a mapping from path"
-        f" patterns to those, got {value!r} of type {type(value).__name__}."
+        f"Expected {what} to be {kinds}, got {value!r} of type {type(value).__name__}."
         " To switch a clip off, use `jnp.inf`."
     )

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from optaxclip import _checks, _engine, _leaves, _mesh, _values, norms
 
 _BINS = 256
-_TRANSFORMATION = optax.GradientTransformation  # a tuple of two as well
 
 
 class CotangentStats(NamedTuple):
@@ -109,7 +108,7 @@ def clip_cotangent(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
-    check_limit(limit, "limit")
+    _values.check_range(limit, "limit")
     ends = tuple(limit) if isinstance(limit, tuple | list) else limit
     ends = jax.tree.map(_as_float, ends)
     return _tapped(x, ends, _spread(stats, x), _values.clip_by_value)
@@ -197,7 +196,7 @@ def clip_preactivation(
       ... )
     """
     _checks.function(activation, "activation")
-    check_limit(limit, "limit")
+    _values.check_range(limit, "limit")
     static: Any = tuple(limit) if isinstance(limit, list) else limit
     try:
         return _preactivation(activation, static)
@@ -274,24 +273,6 @@ def _spread(stats: Any, x: Any) -> Any:
         )
     leaves = jax.tree.leaves(x)
     return jax.tree.map(lambda s: _mesh.vary_like(s, *leaves), stats)
-
-
-def check_limit(limit: Any, what: str) -> None:
-    """Raises unless ``limit`` is a number or a pair of numbers around 0."""
-    ends = limit if isinstance(limit, tuple | list) else (limit,)
-    for end in ends:
-        numeric = isinstance(end, int | float) or hasattr(end, "dtype")
-        if isinstance(end, bool) or not numeric or isinstance(limit, _TRANSFORMATION):
-            raise TypeError(
-                f"Expected {what} to be a number or a pair (low, high), got {limit!r}"
-                f" of type {type(limit).__name__}."
-            )
-        if jnp.shape(end):
-            raise ValueError(
-                f"Expected {what} to be a number or a pair (low, high), got an array of"
-                f" shape {jnp.shape(end)}."
-            )
-    _values.check_range(limit, what)
 
 
 def _as_float(limit: ArrayLike) -> jax.Array:

@@ -113,27 +113,26 @@ def clip_layer_cotangents(
 
 
 def _clip(output: Any, limit: Any, path: str) -> Any:
-    if not callable(limit):
-        leaves, treedef = jax.tree.flatten(output)
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
-        clipped = iter(_cotangents.clip_cotangent(arrays, limit))
-        return treedef.unflatten(
-            [next(clipped) if isinstance(x, jax.Array) else x for x in leaves]
-        )
-    clipped = limit(output)
-    came, expected = jax.tree.map(jax.typeof, (clipped, output))
+    """Clips the arrays of an output; a string in it, say, stays as it is."""
+    arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else None, output)
+    if callable(limit):
+        clipped = limit(arrays)
+    else:
+        clipped = _cotangents.clip_cotangent(arrays, limit)
+    came, expected = jax.tree.map(jax.typeof, (clipped, arrays))
     if came != expected:
         raise ValueError(
             f"Expected the function for the layer {(path or '/')!r} to return the"
             f" output that it is given, {expected}, got {came}."
         )
-    return clipped
+    rest = iter(jax.tree.leaves(clipped))
+    return jax.tree.map(lambda x: next(rest) if isinstance(x, jax.Array) else x, output)
 
 
 def _check_limit(limit: Any, what: str) -> None:
     if not callable(limit):
         try:
-            _cotangents.check_limit(limit, what)
+            _values.check_range(limit, what)
         except TypeError as error:
             raise TypeError(
                 f"{error} For a norm write"

@@ -125,9 +125,9 @@ def _merged(parts: list[tuple[list[int], Packed]], scopes: Sequence[Scope]) -> P
     for places, packed in parts:
         if len(places) == len(scopes):
             return packed
-    order = [place for places, _ in parts for place in places]
     if isinstance(parts[0][1], Units):
         return joined_units(parts)
+    order = [place for places, _ in parts for place in places]
     return jnp.concatenate([packed for _, packed in parts])[np.argsort(order)]
 
 

@@ -186,7 +186,7 @@ def _check(limit: Any, what: str) -> None:
 def check_range(limit: Any, what: str) -> None:
     """Raises unless ``limit`` is a number or a pair of numbers around 0."""
     if not isinstance(limit, tuple | list):
-        _checks.number(limit, what)
+        _checks.number(limit, what, kinds="a number or a pair (low, high)")
         return
     if len(limit) != 2:
         raise ValueError(f"Expected {what} to be a pair (low, high), got {limit}.")

@@ -72,6 +72,25 @@ def test_clip_by_value_wants_numbers_from_its_schedule():
         clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
 
 
+def test_a_clip_of_units_records_its_leaves_in_tree_order():
+    # Matrices of several units among leaves that are one unit, in an uneven order.
+    grads = {
+        "a": jnp.array([[3.0, 0.0], [4.0, 1.0]]),
+        "b": jnp.array([0.6, 0.8]),
+        "c": jnp.array([[0.0, 6.0], [0.0, 8.0]]),
+        "d": jnp.array([2.0]),
+        "e": jnp.array(-30.0),
+    }
+    clip: Any = oc.clip_by(norms.unit_norms, {"c": 20.0, "e": 3.0, "**": 0.5})
+    updates, state = clip.update(grads, clip.init(grads))
+    np.testing.assert_allclose(state.norms, [5.0, 1.0, 0.0, 2.0, 30.0])
+    np.testing.assert_allclose(state.max_norms, [0.5, 0.5, 20.0, 0.5, 3.0])
+    np.testing.assert_allclose(state.factors, [0.1, 0.5, 1.0, 0.25, 0.1])
+    np.testing.assert_allclose(updates["a"], [[0.3, 0.0], [0.4, 0.5]], rtol=1e-6)
+    np.testing.assert_array_equal(updates["c"], grads["c"])
+    assert (updates["d"], updates["e"]) == (0.5, -3.0)
+
+
 def test_clip_is_clip_by_value_under_optaxs_name():
     updates = jnp.array([-9.0, 0.5])
     chex.assert_trees_all_equal(

@@ -18,7 +18,17 @@ from optaxclip._cotangents import (
     cotangent_stats as cotangent_stats,
 )
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
+from optaxclip._example_clips import (
+    per_example_global_norm_clip as per_example_global_norm_clip,
+    per_example_layer_norm_clip as per_example_layer_norm_clip,
+)
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
+from optaxclip._per_example import (
+    PerExample as PerExample,
+    adapt_max_norm as adapt_max_norm,
+    per_example_clipped_grad as per_example_clipped_grad,
+)
+from optaxclip._splits import over_axes as over_axes
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _limits, _scopes, factors, norms
+from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, factors, norms
 
 Factor = Callable[[jax.Array, jax.Array], jax.Array]
 Threshold = (
@@ -120,7 +120,7 @@ def clip_by(
         zeros = _scopes.zeros(formula, leaves)
         zero = zeros.norms
         if isinstance(zero, _scopes.Units):
-            zero = zero.by_leaf([x.ravel()[0] for x in zero.parts])
+            zero = jnp.zeros_like(zero.whole, shape=len(zero.is_whole))
         return ClipState(
             update_count=jnp.zeros((), jnp.int32),
             norms=zero,
@@ -134,6 +134,7 @@ def clip_by(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         leaves = _leaves.flatten(updates)
+        _splits.check_summed(leaves, params)
         measured = _scopes.measure(formula, leaves)
         old: Any = None if isinstance(state, optax.EmptyState) else state
         _checks.state(old, ClipState)
@@ -150,7 +151,7 @@ def clip_by(
         if old is None:
             return updates, state
         totals = jax.tree.map(jnp.multiply, scales, rests)
-        return updates, _next(old, measured.sizes(), max_norms, totals, rule_state)
+        return updates, _next(old, measured, max_norms, totals, rule_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -167,26 +168,41 @@ def scope_factors(
     norms, powers = measured.norms, measured.powers
     ups = jax.tree.map(_up, norms, powers, max_norms)
     rest = functools.partial(_rest, factor)
-    rests = jax.tree.map(
-        rest, norms, jax.tree.map(jnp.multiply, powers, ups), max_norms
-    )
+    rests = jax.tree.map(rest, norms, powers, ups, max_norms)
     return jax.tree.map(jnp.reciprocal, ups), rests
 
 
 @jax.jit
 def _up(norm: jax.Array, power: jax.Array, max_norm: jax.Array) -> jax.Array:
+    """Returns a power of two for the threshold, of which the updates get the inverse.
+
+    So large only that what the updates lose to underflow would be lost in the product.
+    Where the power is above 1, norms are so small that no factor underflows.
+    """
     info = jnp.finfo(norm.dtype)
-    half = 2.0 ** (info.maxexp // 2)
-    tiny = max_norm * (jnp.minimum(power, 1) * (half * 2.0 ** (info.nmant + 2))) < norm
-    return jax.lax.stop_gradient(jnp.where(tiny, half, jnp.ones_like(norm)))
+    half, full = 2.0 ** (info.maxexp // 2), 2.0 ** (info.maxexp - 2)
+    loss = 2.0 ** (info.nmant + 2)
+    one = jnp.ones_like(norm)
+    up = jnp.where(max_norm * (power * (half * loss)) < norm, half, one)
+    up = jnp.where(max_norm * (power * (half * loss)) * (full / half) < norm, full, up)
+    return jax.lax.stop_gradient(jnp.where(power > 1, one, up))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rest(
-    factor: Factor, norm: jax.Array, power: jax.Array, max_norm: jax.Array
+    factor: Factor,
+    norm: jax.Array,
+    power: jax.Array,
+    up: jax.Array,
+    max_norm: jax.Array,
 ) -> jax.Array:
-    scaled = jnp.minimum(max_norm * power, jnp.finfo(norm.dtype).max)
-    rest = factor(jnp.where(norm == 0, 1, norm), scaled)
+    info = jnp.finfo(norm.dtype)
+    one = jnp.ones_like(norm)
+    # Both go down where the power would take a large threshold out of the range.
+    large = 2.0 ** (3 * info.maxexp // 4)
+    down = jnp.where(max_norm * power > large, 2.0 ** -(info.maxexp // 2), one)
+    scaled = jnp.minimum(max_norm * (power * up * down), info.max)
+    rest = factor(jnp.where(norm == 0, 1, norm * down), scaled)
     rest = jnp.where((norm == 0) | jnp.isinf(max_norm), 1, rest)
     # NaN where the norm is not finite. A division comes last because the compiler
     # repeats anything cheaper in the kernel of every leaf.
@@ -223,7 +239,7 @@ def _times(
 
 def _next(
     state: ClipState,
-    norms: _scopes.Packed,
+    measured: _scopes.Measured,
     max_norms: _scopes.Packed,
     factors: _scopes.Packed,
     rule_state: Any,
@@ -231,11 +247,14 @@ def _next(
     """Returns the state after this step."""
     hardest = _hardest(factors)
     recorded = functools.partial(_recorded, hardest=hardest, like=state.norms)
-    new_factors = recorded(factors)
+    columns = [recorded(x) for x in (measured.sizes(), max_norms, factors)]
+    if measured.axes:
+        columns = _mesh.at_smallest(columns[-1], columns, measured.axes)
+    new_norms, new_max_norms, new_factors = columns
     return ClipState(
         update_count=jnp.asarray(optax.safe_increment(state.update_count)),
-        norms=recorded(norms),
-        max_norms=recorded(max_norms),
+        norms=new_norms,
+        max_norms=new_max_norms,
         factors=new_factors,
         clipped_count=jnp.where(
             new_factors < 1,
@@ -247,20 +266,30 @@ def _next(
 
 
 def _hardest(factors: _scopes.Packed) -> list[jax.Array]:
-    """Returns which unit of each leaf was clipped hardest, the first one of several."""
+    """Returns where the unit of each leaf is that was clipped hardest, the first one.
+
+    Masks, for an index into units that are spread over devices would gather them.
+    """
     if not isinstance(factors, _scopes.Units):
         return []
-    flat = [jnp.ravel(part) for part in factors.parts]
+    places = [_places(part) for part in factors.parts]
     # Like `argmin`, which takes XLA ten times as long to compile.
-    found = [(f == jnp.min(f)) | jnp.isnan(f) for f in flat]
-    return [jnp.min(jnp.where(x, jnp.arange(x.size), x.size - 1)) for x in found]
+    found = [(f == jnp.min(f)) | jnp.isnan(f) for f in factors.parts]
+    pairs = zip(places, found, strict=True)
+    firsts = [jnp.min(jnp.where(x, i, i.size - 1)) for i, x in pairs]
+    return [i == first for i, first in zip(places, firsts, strict=True)]
+
+
+def _places(x: jax.Array) -> jax.Array:
+    """Returns the place of every element of ``x``, in the order of its memory."""
+    return jnp.arange(x.size).reshape(x.shape)
 
 
 def _recorded(packed: Any, hardest: list[jax.Array], like: jax.Array) -> jax.Array:
     """Returns what the state keeps: of the units of a leaf, the one clipped hardest."""
     if isinstance(packed, _scopes.Units):
         pairs = zip(packed.parts, hardest, strict=True)
-        packed = packed.by_leaf([x.ravel()[i] for x, i in pairs])
+        packed = packed.by_leaf([jnp.sum(jnp.where(i, x, 0)) for x, i in pairs])
     if packed.shape != jnp.shape(like):
         raise ValueError(
             f"Expected a state with one entry per scope, of shape {packed.shape}, got"

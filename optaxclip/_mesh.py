@@ -5,11 +5,13 @@ Under ``jit`` with sharded arrays the compiler inserts the collectives. Inside
 pieces differ.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Axes = frozenset[str]
 
@@ -21,10 +23,23 @@ def varying_axes(x: jax.Array) -> Axes:
     return frozenset(manual.varying if manual is not None else getattr(kind, "vma", ()))
 
 
+def unreduced_axes(x: Any) -> Axes:
+    """Returns the mesh axes over which ``x`` is a sum that has not been taken yet."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    spec = getattr(getattr(kind, "sharding", None), "spec", None)
+    found = (getattr(some, "unreduced", frozenset()) for some in (manual, spec))
+    return frozenset[str]().union(*found)
+
+
 def vary_like(x: jax.Array, *others: Any) -> jax.Array:
     """Returns ``x``, whose type also says that it varies wherever the others do."""
-    union = frozenset[str]().union(*(varying_axes(other) for other in others))
-    missing = tuple(sorted(union - varying_axes(x)))
+    return vary_over(x, frozenset[str]().union(*map(varying_axes, others)))
+
+
+def vary_over(x: jax.Array, axes: Axes) -> jax.Array:
+    """Returns ``x``, whose type also says that it varies over some mesh axes."""
+    missing = tuple(sorted(axes - varying_axes(x)))
     if not missing:
         return x
     before_0_9: Any = getattr(jax.lax, "pvary", None)
@@ -41,17 +56,6 @@ def is_local(x: jax.Array) -> bool:
     sharding: Any = getattr(jax.typeof(x), "sharding", None)
     spread = sharding is not None and sharding.mesh.size > 1
     return jax.device_count() == 1 and not spread
-
-
-def check_axes_are_known() -> None:
-    """Raises where ``shard_map`` keeps no types: norms would be one device's own."""
-    for axis in jax.sharding.get_abstract_mesh().manual_axes:
-        if axis not in varying_axes(jax.lax.axis_index(axis)):
-            raise ValueError(
-                "Expected `shard_map(..., check_vma=True)`, which records over which"
-                f" mesh axes each leaf varies, got axis {axis!r} without that record."
-                " Use `check_vma=True`, or clip outside of `shard_map`."
-            )
 
 
 def all_devices(
@@ -75,6 +79,59 @@ def all_devices(
     if collective is jax.lax.psum:
         return jax.lax.psum(sum(once), tuple(union))
     return collective(jnp.max(jnp.stack(once), axis=0), tuple(union))
+
+
+def each_over(
+    parts: Sequence[jax.Array],
+    axes: Sequence[Axes],
+    collective: Callable[..., jax.Array],
+) -> list[jax.Array]:
+    """Combines every part over its own mesh axes, in one collective for each set.
+
+    Parts of one set whose types differ stay apart: joined, they would all vary over
+    whatever one of them does.
+    """
+    alike: dict[tuple[Axes, Axes], list[int]] = {}
+    for i, (part, some) in enumerate(zip(parts, axes, strict=True)):
+        alike.setdefault((some, varying_axes(part)), []).append(i)
+    combined = list(parts)
+    for (some, _), places in alike.items():
+        if some:
+            flat = jnp.concatenate([parts[i].ravel() for i in places])
+            ends = np.cumsum([parts[i].size for i in places])[:-1]
+            pieces = jnp.split(collective(flat, tuple(sorted(some))), ends)
+            for i, piece in zip(places, pieces, strict=True):
+                combined[i] = piece.reshape(parts[i].shape)
+    return combined
+
+
+def anywhere(condition: jax.Array, axes: Axes) -> jax.Array:
+    """Returns whether a condition holds on any device along some mesh axes."""
+    if not axes:
+        return condition
+    return jax.lax.psum(condition.astype(jnp.int32), tuple(sorted(axes))) > 0
+
+
+def at_smallest(
+    key: jax.Array, values: Sequence[jax.Array], axes: Axes
+) -> list[jax.Array]:
+    """Returns the values of the device whose key is smallest, element by element.
+
+    Args:
+      key: vector; NaN is smaller than any number.
+      values: vectors of that length.
+      axes: the mesh axes along which to look.
+    """
+    names = tuple(sorted(axes))
+    shape = jax.sharding.get_abstract_mesh().shape
+    device = jnp.zeros((), jnp.int32)
+    for name in names:
+        device = device * shape[name] + jax.lax.axis_index(name)
+    mine = jnp.arange(math.prod(shape[name] for name in names)) == device
+    rows = jnp.where(mine[:, None, None], jnp.stack([key, *values]), 0)
+    every = jax.lax.psum(rows, names)
+    best = jnp.argmin(every[:, 0], axis=0)
+    return list(jnp.take_along_axis(every[:, 1:], best[None, None], axis=0)[0])
 
 
 def _at_origin(part: jax.Array, axes: list[str]) -> jax.Array:

@@ -8,11 +8,10 @@ match a leaf the most specific one wins, so their order never matters.
 
 import collections
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-from jax.tree_util import GetAttrKey, KeyPath, keystr
+from jax.tree_util import GetAttrKey, KeyPath, keystr, tree_leaves_with_path
 
 ANY_PARTS = "(?:[^/]+/)*"  # a regular expression
 
@@ -20,9 +19,9 @@ ANY_PARTS = "(?:[^/]+/)*"  # a regular expression
 Specificity = tuple[int, int, int]
 
 
-def paths(tree: Any) -> list[str]:
+def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
     """Returns the path of every leaf of ``tree``, in tree order."""
-    keypaths = [keypath for keypath, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    keypaths = [path for path, _ in tree_leaves_with_path(tree, is_leaf=is_leaf)]
     families = collections.Counter(keypath[:-1] for keypath in keypaths)
     return [
         _path(keypath, only_child=families[keypath[:-1]] == 1) for keypath in keypaths

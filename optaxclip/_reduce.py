@@ -26,30 +26,44 @@ class Piece(NamedTuple):
     axes: _mesh.Axes
 
 
-def pieces(leaves: Sequence[jax.Array], scopes: Sequence[int]) -> list[Piece]:
+class Kept(NamedTuple):
+    """A leaf to be reduced along some of its dimensions only.
+
+    Attributes:
+      array: the leaf.
+      dimensions: those to reduce, which stay with size 1.
+      axes: the mesh axes that split these.
+    """
+
+    array: jax.Array
+    dimensions: tuple[int, ...]
+    axes: _mesh.Axes
+
+
+def pieces(
+    leaves: Sequence[jax.Array], scopes: Sequence[int], axes: Sequence[_mesh.Axes]
+) -> list[Piece]:
     """Sorts leaves by scope, small ones joined: one kernel reduces all of one size.
 
     Joins only what is surely on one device, for anything else would be gathered. A TPU
     reduces small leaves together by itself.
     """
-    _mesh.check_axes_are_known()
     join = jax.default_backend() != "tpu"
     small: dict[tuple[int, _mesh.Axes, jnp.dtype], list[jax.Array]] = {}
     found = []
-    for scope, leaf in zip(scopes, leaves, strict=True):
-        axes = _mesh.varying_axes(leaf)
+    for scope, leaf, over in zip(scopes, leaves, axes, strict=True):
         if join and leaf.size < _SMALL and _mesh.is_local(leaf):
-            small.setdefault((scope, axes, leaf.dtype), []).append(leaf)
+            small.setdefault((scope, over, leaf.dtype), []).append(leaf)
         else:
-            found.append(Piece(leaf[None], (scope,), axes))
+            found.append(Piece(leaf[None], (scope,), over))
     rows: dict[tuple[int, _mesh.Axes, jnp.dtype], list[int]] = {}
-    for (scope, axes, dtype), some in small.items():
+    for (scope, over, dtype), some in small.items():
         size = sum(leaf.size for leaf in some)
-        rows.setdefault((size, axes, dtype), []).append(scope)
-    for (size, axes, dtype), same in rows.items():
-        flat = [x.reshape(x.size) for scope in same for x in small[scope, axes, dtype]]
+        rows.setdefault((size, over, dtype), []).append(scope)
+    for (size, over, dtype), same in rows.items():
+        flat = [x.reshape(x.size) for scope in same for x in small[scope, over, dtype]]
         array = jnp.concatenate(flat).reshape(len(same), size)
-        found.append(Piece(array, tuple(same), axes))
+        found.append(Piece(array, tuple(same), over))
     return found
 
 
@@ -92,22 +106,21 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
     )
 
 
-def kept_norm(
-    x: jax.Array, scale: float, axes: tuple[int, ...], ord: float
-) -> jax.Array:
-    """Returns the norm along ``axes``, kept with size 1, times ``scale``."""
-    x = scaled(x, scale, ord == 2)
+def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Array]:
+    """Returns the norms along some dimensions, kept with size 1, times ``scale``."""
+    leaves = [x._replace(array=scaled(x.array, scale, ord == 2)) for x in leaves]
     if ord == 1:
-        return jnp.sum(_modulus(x), axis=axes, keepdims=True)
+        return _kept_totals(leaves, _modulus, jnp.sum)
     if ord == 2:
-        return root(jnp.sum(square(x), axis=axes, keepdims=True), 2)
-    largest = jnp.max(_modulus(x), axis=axes, keepdims=True)
+        return [root(x, 2) for x in _kept_totals(leaves, square, jnp.sum)]
+    largest = _kept_totals(leaves, _modulus, jnp.max)
     if ord == jnp.inf:
         return largest
-    unit = _unit(largest)
-    return unit * root(
-        jnp.sum(_modulus(_over(x, unit)) ** ord, axis=axes, keepdims=True), ord
-    )
+    units = [_unit(x) for x in largest]
+    pairs = zip(leaves, units, strict=True)
+    shrunk = [x._replace(array=_over(x.array, unit)) for x, unit in pairs]
+    totals = _kept_totals(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
+    return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
 
 
 def square(x: jax.Array) -> jax.Array:
@@ -162,8 +175,23 @@ def _totals(
         reduced = combine(element(piece.array), axis=range(1, piece.array.ndim))
         by_axes.setdefault(piece.axes, []).append(piece._replace(array=reduced))
     totals = {axes: _total(some, count, combine) for axes, some in by_axes.items()}
-    collective = jax.lax.psum if combine is jnp.sum else jax.lax.pmax
-    return _mesh.all_devices(totals, collective)
+    return _mesh.all_devices(totals, _collective(combine))
+
+
+def _kept_totals(
+    leaves: Sequence[Kept],
+    element: Callable[[jax.Array], jax.Array],
+    combine: Callable[..., jax.Array],
+) -> list[jax.Array]:
+    """Combines a function of the elements by unit, over devices too."""
+    parts = [
+        combine(element(x.array), axis=x.dimensions, keepdims=True) for x in leaves
+    ]
+    return _mesh.each_over(parts, [x.axes for x in leaves], _collective(combine))
+
+
+def _collective(combine: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return jax.lax.psum if combine is jnp.sum else jax.lax.pmax
 
 
 def _total(

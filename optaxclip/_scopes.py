@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import _reduce
+from optaxclip import _mesh, _reduce, _splits
 from optaxclip._leaves import Leaves
 
 Norm = Callable[[Any], Any]  # updates -> norms, a tree prefix of the updates
@@ -88,14 +88,16 @@ class Plain(NamedTuple):
       norms: of all scopes.
       scopes: which those are.
       scaled: function from a power of two to the norms of the updates times that.
+      axes: the mesh axes over which the norms differ, as those of units may.
     """
 
     norms: Packed
     scopes: tuple[Scope, ...]
     scaled: Callable[[float], Packed]
+    axes: _splits.Axes = frozenset()
 
 
-Formula = Callable[[Any], Plain]  # of updates
+Formula = Callable[[Any, _splits.Splits], Plain]  # of updates, and how they are split
 
 
 @jax.tree_util.register_dataclass
@@ -103,22 +105,28 @@ Formula = Callable[[Any], Plain]  # of updates
 class Measured:
     """The norms of the updates times a power of two, and that power, of all scopes.
 
-    The norm itself is their quotient, infinite where its dtype cannot hold it.
+    The norm itself is their quotient, infinite where its dtype cannot hold it. Over the
+    mesh axes ``axes`` it differs from device to device.
     """
 
     norms: Packed
     powers: Packed
     scopes: tuple[Scope, ...] = dataclasses.field(metadata={"static": True})
+    axes: _splits.Axes = dataclasses.field(metadata={"static": True})
 
     def sizes(self) -> Packed:
         """Returns the norms themselves."""
         return jax.tree.map(jnp.divide, self.norms, self.powers)
 
 
-def measure(formula: Formula, leaves: Leaves) -> Measured:
+def measure(
+    formula: Formula, leaves: Leaves, splits: _splits.Splits | None = None
+) -> Measured:
     """Measures every scope of the updates, exactly."""
     updates = leaves.tree(leaves.measured())
-    return _measure(formula, updates, jnp.dtype(leaves.dtype))
+    if splits is None:
+        splits = _splits.splits(leaves)
+    return _measure(formula, splits, updates, jnp.dtype(leaves.dtype))
 
 
 def zeros(formula: Formula, leaves: Leaves) -> Measured:
@@ -129,8 +137,11 @@ def zeros(formula: Formula, leaves: Leaves) -> Measured:
     """
     if jax.sharding.get_abstract_mesh().manual_axes:
         return jax.tree.map(jnp.zeros_like, measure(formula, leaves))
+    splits = (_splits.WHOLE,) * len(leaves.counted)
     updates = leaves.tree(leaves.abstract())
-    shapes = jax.eval_shape(lambda u: _unscaled(formula(u), leaves.dtype), updates)
+    shapes = jax.eval_shape(
+        lambda u: _unscaled(formula(u, splits), leaves.dtype), updates
+    )
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
@@ -145,14 +156,16 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Arr
     return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), inline=True)
-def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
+@functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
+def _measure(
+    formula: Formula, splits: _splits.Splits, updates: Any, dtype: Any
+) -> Measured:
     """One pass, and a rare second one on CPU; elsewhere three norms in one pass.
 
     On a GPU a branch costs a round trip to the host, and on a TPU the compiler's
     fusions; on a CPU three accumulators cost three passes.
     """
-    plain = formula(updates)
+    plain = formula(updates, splits)
     norms = _unscaled(plain, dtype).norms
     if not plain.scopes:
         return _unscaled(plain, dtype)
@@ -162,9 +175,13 @@ def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
     def scaled(scale: float) -> Packed:
         return jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.scaled(scale))
 
+    def anywhere(conditions: list[jax.Array]) -> jax.Array:
+        # All devices take one branch, for there are collectives in it.
+        return _mesh.anywhere(_anywhere(conditions), plain.axes)
+
     def picked(at: Callable[[float, jax.Array], Packed]) -> Packed:
-        down = at(small, _anywhere([p < 1 for p in jax.tree.leaves(powers)]))
-        up = at(large, _anywhere([p > 1 for p in jax.tree.leaves(powers)]))
+        down = at(small, anywhere([p < 1 for p in jax.tree.leaves(powers)]))
+        up = at(large, anywhere([p > 1 for p in jax.tree.leaves(powers)]))
         return jax.tree.map(_pick, powers, norms, down, up)
 
     def if_needed(end: float, needed: jax.Array) -> Packed:
@@ -175,16 +192,17 @@ def _measure(formula: Formula, updates: Any, dtype: Any) -> Measured:
         return scaled(end)
 
     exact = jax.lax.platform_dependent(
-        _anywhere([p != 1 for p in jax.tree.leaves(powers)]),
+        anywhere([p != 1 for p in jax.tree.leaves(powers)]),
         cpu=lambda any_: jax.lax.cond(any_, lambda: picked(if_needed), lambda: norms),
         default=lambda any_: picked(always),
     )
-    return Measured(exact, powers, plain.scopes)
+    return Measured(exact, powers, plain.scopes, plain.axes)
 
 
 def _unscaled(plain: Plain, dtype: Any) -> Measured:
     norms = jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.norms)
-    return Measured(norms, jax.tree.map(jnp.ones_like, norms), plain.scopes)
+    powers = jax.tree.map(jnp.ones_like, norms)
+    return Measured(norms, powers, plain.scopes, plain.axes)
 
 
 @jax.custom_batching.custom_vmap
@@ -227,7 +245,7 @@ def _pick(
     return jnp.where(power > 1, up, jnp.where(power < 1, down, plain))
 
 
-def formula_of(norm: Norm, updates: Any) -> Plain:
+def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
     """Returns what a norm of the user's own gives.
 
     Leaves that are given the very same scalar are one scope: so a norm of groups says
@@ -239,7 +257,9 @@ def formula_of(norm: Norm, updates: Any) -> Plain:
         return _packed(norm(jax.tree.map(times, updates)), treedef)[0]
 
     treedef = jax.tree.structure(updates)
-    return Plain(*_packed(norm(updates), treedef), scaled)
+    norms = norm(updates)
+    _splits.check_same_everywhere(norms, splits)
+    return Plain(*_packed(norms, treedef), scaled)
 
 
 def given(norms: Any, leaves: Leaves) -> Measured:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _paths, _reduce
+from optaxclip import _checks, _leaves, _paths, _reduce, _splits
 
 Range = ArrayLike | tuple[ArrayLike, ArrayLike]
 Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Range]]
@@ -75,8 +75,9 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        del params, extra_args
+        del extra_args
         leaves = _leaves.flatten(updates)
+        _splits.check_summed(leaves, params)
         entries = _entries(limit, leaves)
         old: Any = None if isinstance(state, optax.EmptyState) else state
         _checks.state(old, ClipByValueState)

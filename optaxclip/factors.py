@@ -52,3 +52,22 @@ def soften(norms: jax.Array, max_norms: jax.Array) -> jax.Array:
       [0.25 0.5 ]
     """
     return max_norms / (max_norms + norms)
+
+
+def auto_s(norms: jax.Array, max_norms: jax.Array) -> jax.Array:
+    """Normalizes, small norms less: ``max_norm / (norm + 0.01 * max_norm)``.
+
+    AUTO-S of private training, which drops the threshold from the things to tune: with
+    ``max_norm=1`` it is the paper's ``1 / (norm + 0.01)``, and another ``max_norm``
+    only scales all updates. Norms stay below ``max_norm``.
+
+    Examples:
+      >>> norms, max_norms = jnp.array([0.99, 0.01]), jnp.array([1.0, 1.0])
+      >>> print(optaxclip.factors.auto_s(norms, max_norms))
+      [ 1. 50.]
+
+    References:
+      Bu et al., `Automatic Clipping: Differentially Private Deep Learning Made Easier
+      and Stronger <https://arxiv.org/abs/2206.07136>`_, 2022
+    """
+    return max_norms / (norms + 0.01 * max_norms)

@@ -14,17 +14,15 @@ infinity in a scope makes its norm NaN or infinite.
 
 import functools
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from optaxclip import _leaves, _mesh, _paths, _reduce, _scopes
+from optaxclip import _formulas, _leaves, _scopes, _splits
 
-Axis = int | tuple[int, ...]
-Axes = Axis | Mapping[str, Axis] | None
-Labels = Mapping[str, Hashable] | Callable[[Any], Any] | None
+Axes = _formulas.Axes
+Labels = _formulas.Labels
 
 
 def global_norm(updates: Any, *, ord: float = 2) -> jax.Array:
@@ -84,7 +82,7 @@ def unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
     Raises:
       ValueError: a leaf has rank 6 or more and no axis, or an axis out of range; a leaf
         is split over devices inside ``shard_map``, where its type doesn't say along
-        which axis.
+        which axis: :func:`optaxclip.over_axes` does.
 
     Examples:
       >>> kernel = jnp.array([[3.0, 0.0], [4.0, 1.0]])  # two inputs, two outputs
@@ -116,13 +114,44 @@ def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
       >>> jax.tree.map(float, optaxclip.norms.group_norms()(grads))
       {'dense': {'bias': 5.0, 'kernel': 5.0}}
     """
-    _checked(ord)
+    _formulas.checked(ord)
     if labels is not None and not isinstance(labels, Mapping) and not callable(labels):
         raise TypeError(
             "Expected `labels` to be None, a mapping from path patterns to labels, or a"
             f" function from updates to a tree of labels, got {labels!r}."
         )
     return functools.partial(_exact_group_norms, labels=labels, ord=ord)
+
+
+def excluding(norm: _scopes.Norm, exclude: str | Sequence[str]) -> _scopes.Norm:
+    """Returns a norm that does not count some leaves; the clip still scales them.
+
+    For a leaf that is there twice (tied weights, of which each copy has the whole
+    gradient), so that it counts once, and for frozen leaves that still get a gradient.
+    In a norm of leaves, one that does not count has norm 0 and is never clipped.
+
+    Args:
+      norm: any norm.
+      exclude: path patterns of the leaves that don't count.
+
+    Raises:
+      TypeError: ``norm`` is not a function, or a pattern not a string.
+      ValueError: from the norm, where a pattern matches nothing.
+
+    Examples:
+      >>> norm = optaxclip.norms.excluding(optaxclip.global_norm, "head")
+      >>> table = jnp.array([3.0, 4.0])
+      >>> grads = {"embedding": table, "head": table}  # tied
+      >>> print(norm(grads))
+      5.0
+      >>> updates, _ = optaxclip.clip_by(norm, 1.0).update(grads, None)
+      >>> print(updates["head"])
+      [0.6 0.8]
+    """
+    if not callable(norm):
+        raise TypeError(f"Expected `excluding(norm, exclude)`, got norm={norm!r}.")
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return functools.partial(_exact_excluding, norm=norm, exclude=patterns)
 
 
 @functools.lru_cache(typed=True)
@@ -153,144 +182,34 @@ def _exact(norm: _scopes.Norm, updates: Any) -> Any:
     return leaves.tree(by_leaf)
 
 
-def _global_norm(updates: Any, *, ord: float = 2) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    norms = _scope_norms(leaves, [0] * len(leaves), 1, _checked(ord))
-
-    def scaled(scale: float) -> jax.Array:
-        return norms(scale)[0]
-
-    return _scopes.Plain(scaled(1.0), (_scopes.EVERYTHING,), scaled)
-
-
-def _leaf_norms(updates: Any, *, ord: float = 2) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    norms = _scope_norms(leaves, range(len(leaves)), len(leaves), _checked(ord))
-    return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
-
-
-def _leaf_rms(updates: Any) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    copies = [jax.lax.psum(1, tuple(sorted(_mesh.varying_axes(x)))) for x in leaves]
-    sizes = [x.size * n for x, n in zip(leaves, copies, strict=True)]
-    norms, scopes, scaled = _leaf_norms(updates)
-    roots = jnp.sqrt(jnp.asarray(sizes, norms.dtype))
-    return _scopes.Plain(norms / roots, scopes, lambda scale: scaled(scale) / roots)
-
-
 def _exact_group_norms(updates: Any, *, labels: Labels, ord: float) -> Any:
     norm = functools.partial(_exact_group_norms, labels=labels, ord=ord)
     return _exact(norm, updates)
 
 
-def _group_norms(updates: Any, *, labels: Labels, ord: float) -> _scopes.Plain:
-    groups: dict[Hashable, list[int]] = {}
-    for position, label in enumerate(_labels(updates, labels)):
-        groups.setdefault(label, []).append(position)
-    members = list(groups.values())
-    numbers = {i: number for number, some in enumerate(members) for i in some}
-    leaves = jax.tree.leaves(updates)
-    scopes = [numbers[i] for i in range(len(leaves))]
-    norms = _scope_norms(leaves, scopes, len(members), ord)
-    return _scopes.Plain(norms(1.0), tuple(map(tuple, members)), norms)
-
-
-def _scope_norms(
-    leaves: Sequence[jax.Array], scopes: Sequence[int], count: int, ord: float
-) -> Callable[[float], jax.Array]:
-    """Returns a function from a scale to the norms of the scopes 0, 1, ..."""
-    pieces = _reduce.pieces(leaves, scopes)
-    return lambda scale: _reduce.norms(pieces, scale, count, ord)
-
-
-def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
-    paths = _paths.paths(updates)
-    if labels is None:
-        return [_paths.layer(path) for path in paths]
-    if isinstance(labels, Mapping):
-        return [labels[winner] for winner in _paths.cover(labels, paths, "`labels`")]
-    tree = labels(updates)
-    try:
-        return jax.tree.structure(updates).flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(
-            "Expected `labels` to return a tree of labels of the structure of the"
-            f" updates, {jax.tree.structure(updates)}, got {jax.tree.structure(tree)}."
-        ) from error
-
-
-def _unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    paths = _paths.paths(updates)
-    axes: list[Axis | None] = [None if isinstance(axis, Mapping) else axis] * len(
-        leaves
+def _exact_excluding(
+    updates: Any, *, norm: _scopes.Norm, exclude: tuple[str, ...]
+) -> Any:
+    return _exact(
+        functools.partial(_exact_excluding, norm=norm, exclude=exclude), updates
     )
-    if isinstance(axis, Mapping):
-        winners = _paths.resolve(axis, paths, "`axis`")
-        axes = [None if winner is None else axis[winner] for winner in winners]
-    reduced = [_unit_axes(*one) for one in zip(leaves, axes, paths, strict=True)]
-
-    is_whole = tuple(
-        len({a % x.ndim for a in some}) == x.ndim
-        for x, some in zip(leaves, reduced, strict=True)
-    )
-    whole = [x for x, alone in zip(leaves, is_whole, strict=True) if alone]
-    of_whole = _scope_norms(whole, range(len(whole)), len(whole), _checked(ord))
-    others = [
-        (x, some)
-        for x, some, alone in zip(leaves, reduced, is_whole, strict=True)
-        if not alone
-    ]
-
-    def norms(scale: float) -> _scopes.Units:
-        parts = [_reduce.kept_norm(x, scale, some, ord) for x, some in others]
-        return _scopes.Units(of_whole(scale), parts, is_whole)
-
-    return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
 
 
-def _unit_axes(leaf: jax.Array, axis: Axis | None, path: str) -> tuple[int, ...]:
-    if _mesh.varying_axes(leaf):
-        raise ValueError(
-            f"Expected whole leaves for a norm of units, got {path!r} split over the"
-            f" mesh axes {sorted(_mesh.varying_axes(leaf))}: its type doesn't say"
-            " along which of its dimensions. Clip outside of `shard_map`, or use a norm"
-            " of leaves or groups."
-        )
-    axes = (axis,) if isinstance(axis, int) else axis
-    if axes is None:
-        if sum(size > 1 for size in leaf.shape) <= 1:
-            return tuple(range(leaf.ndim))
-        if leaf.ndim > 5:
-            raise ValueError(
-                f"Expected a rank of at most 5, got shape {leaf.shape} at {path!r}."
-                " Name the axes of a unit with `axis`."
-            )
-        return (0,) if leaf.ndim < 4 else tuple(range(leaf.ndim - 1))
-    if not isinstance(axes, tuple) or not all(isinstance(a, int) for a in axes):
-        raise TypeError(
-            f"Expected `axis` to be static, an int or a tuple, got {axis!r}."
-        )
-    if not all(-leaf.ndim <= a < leaf.ndim for a in axes):
-        raise ValueError(
-            f"Expected axes within shape {leaf.shape} at {path!r}, got axis={axis}."
-            " Give each rank its own axes: `axis={pattern: axes}`."
-        )
-    return axes
-
-
-def _checked(ord: float) -> float:
-    if isinstance(ord, bool) or not isinstance(ord, int | float) or not ord >= 1:
-        raise ValueError(
-            f"Expected ord >= 1, got ord={ord!r}. Use 1, 2, jnp.inf or any p."
-        )
-    return ord
+def _excluding(
+    updates: Any,
+    splits: _splits.Splits,
+    *,
+    norm: _scopes.Norm,
+    exclude: tuple[str, ...],
+) -> _scopes.Plain:
+    return _formulas.excluding(updates, splits, formula(norm), exclude)
 
 
 _FORMULAS: dict[Any, Callable[..., _scopes.Plain]] = {
-    global_norm: _global_norm,
-    leaf_norms: _leaf_norms,
-    leaf_rms: _leaf_rms,
-    unit_norms: _unit_norms,
-    _exact_group_norms: _group_norms,
+    global_norm: _formulas.global_norm,
+    leaf_norms: _formulas.leaf_norms,
+    leaf_rms: _formulas.leaf_rms,
+    unit_norms: _formulas.unit_norms,
+    _exact_group_norms: _formulas.group_norms,
+    _exact_excluding: _excluding,
 }

@@ -458,7 +458,14 @@ def test_global_norm_is_optaxs_in_float32():
     )
 
 
-REPLACED = ("clip", "clip_by_block_rms", "clip_by_global_norm", "adaptive_grad_clip")
+REPLACED = (
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "adaptive_grad_clip",
+    "per_example_global_norm_clip",
+    "per_example_layer_norm_clip",
+)
 
 
 def optaxs_tests() -> type[unittest.TestCase]:

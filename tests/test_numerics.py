@@ -626,3 +626,37 @@ def test_a_traced_nan_threshold_makes_its_scope_nan():
     clipped = jax.jit(step)(float("nan"))
     assert np.isnan(clipped["a"]).all()
     np.testing.assert_array_equal(clipped["b"], [1.0])
+
+
+# --------------------------------------------------------------------------------------
+# Every norm with every threshold
+# --------------------------------------------------------------------------------------
+
+EVERY_FACTOR = {
+    "rescale": (factors.rescale, helpers.np_rescale),
+    "normalize": (factors.normalize, helpers.np_normalize),
+    "soften": (factors.soften, helpers.np_soften),
+}
+
+
+@pytest.mark.parametrize("factor", EVERY_FACTOR)
+def test_every_norm_meets_every_threshold(factor):
+    """Factors down to 1e-75, which no float32 holds, of norms from 1e-37 to 1e38."""
+    ours, reference = EVERY_FACTOR[factor]
+    sizes = np.array([1e-37, 1e-30, 1e-25, 1e-20, 1e-9, 1, 1e9, 1e20, 1e30, 1e38])
+    limits = np.array([1e-37, 1e-30, 1e-25, 1e-18, 1e-9, 1, 1e9, 1e18, 1e30])
+    direction = np.array([0.6, -0.48, 0.64])
+
+    def clipped(size, limit):
+        update = size * jnp.asarray(direction, jnp.float32)
+        return oc.clip_by(norms.global_norm, limit, ours).update(update, None)[0]
+
+    every = jax.vmap(jax.vmap(clipped, (None, 0)), (0, None))
+    found = jax.jit(every)(jnp.float32(sizes), jnp.float32(limits))
+    exact = reference(sizes[:, None], limits)
+    expected = (exact * sizes[:, None])[..., None] * direction
+    in_range = exact < 3e38
+    smallest = float(jnp.finfo(jnp.float32).smallest_normal)
+    np.testing.assert_allclose(
+        helpers.truth(found)[in_range], expected[in_range], rtol=1e-6, atol=smallest
+    )

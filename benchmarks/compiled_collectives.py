@@ -1,0 +1,266 @@
+"""What does a clip add to a sharded training step: collectives, bytes, time?
+
+Run:  python benchmarks/compiled_collectives.py           # with all compilers installed
+      python benchmarks/compiled_collectives.py --quick   # does it run? one layer only
+
+GPT-2 small on a mesh (fsdp, tensor), compiled for machines that are not there and read,
+not run: the compilers for TPU and GPU work on a CPU, and their figures have no noise.
+Each comes in packages of its own: run this once per environment, the rows add up.
+
+The step is a clip, SGD with momentum and `optax.apply_updates`; params, gradients and
+momentum are split alike and come from outside, so every collective is the clip's. Two
+forms: under `jit`, where the compiler inserts the collectives, and inside `shard_map`,
+where the clip does. Optax has no rows in the second, for its answers are wrong there:
+each device takes the norm of its own pieces.
+
+A clip may add all-reduces only: under `jit` one for each set of mesh axes that norms
+are summed over, inside `shard_map` one in all, however many leaves there are. (Two
+orders of the same axes are two sets to the compiler for TPU, Optax's clips included. A
+rescue on CPU has two more in branches that are hardly ever taken.) A clip of units adds
+some rounds: it measures the params as well, and its state keeps the unit of each leaf
+that was clipped hardest, for which devices have to agree on which that is. Rows of ours
+that break this say so, and then the exit status is 1.
+"""
+
+import argparse
+import functools
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import _compiled
+import _timing
+import optaxclip
+import overhead
+from _compiled import TARGETS, Target
+from overhead import NO_CLIP, OPTAX, OURS
+
+Tree = Any
+Row = dict[str, Any]
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "compiled_collectives.jsonl"
+JIT, SHARD_MAP = "jit", "shard_map"
+LAYERS = 12
+RESCUES = 2  # on CPU: of norms too large, of norms too small
+FIND_HARDEST = 3  # rounds: the smallest factor, the first unit with it, its figures
+
+
+def gpt2(layers: int) -> Tree:
+    """GPT-2 small, its vocabulary padded to be divisible, as is usual."""
+    shapes = overhead.gpt2() | {"tokens": (50304, 768)}
+    kept = {f"block_{i:02}" for i in range(layers)}
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        {k: v for k, v in shapes.items() if k in kept or "block" not in k},
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def partition(params: Tree) -> Tree:
+    """Returns how every leaf is split: in all ways that there are on such a mesh.
+
+    Kernels that widen have their outputs split over `tensor` and their inputs over
+    `fsdp`, the others and the embeddings the reverse. Biases are split like the outputs
+    of their kernels; the scales and biases of norms are whole on every device.
+    """
+
+    def spec(path: Any, leaf: jax.ShapeDtypeStruct) -> P:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes = ("tensor", "fsdp")
+        if re.search("/(qkv|in)/", name):
+            axes = ("fsdp", "tensor")
+        return P() if "ln_" in name else P(*axes[-leaf.ndim :])
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def allowed(form: str, clip: str, params: Tree) -> int:
+    """Returns how many all-reduces a clip may add."""
+    specs = [tuple(spec) for spec in jax.tree.leaves(partition(params))]
+    if clip in (NO_CLIP, "value"):
+        return 0
+    if clip != "adaptive":
+        return 1 if form == SHARD_MAP else len(set(specs) - {()})
+    # A unit is a column, a sum over its rows; all of a vector.
+    rows = len({spec[:1] for spec in specs} - {()})
+    columns = len({spec[1:] for spec in specs} - {()})
+    if form == SHARD_MAP:  # updates, params; which unit; on CPU, whether to rescue
+        return 2 * (rows + 1) + 1 + 2
+    return rows + (FIND_HARDEST + 1) * columns
+
+
+def make_step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    def step(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def lower(
+    target: Target,
+    form: str,
+    clip: optax.GradientTransformation,
+    params: Tree,
+) -> jax.stages.Lowered:
+    """Traces the step and lowers it for the target."""
+    names, kinds = ("fsdp", "tensor"), (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(target.mesh, names, kinds, devices=target.devices())
+    optimizer = optax.chain(clip, optax.sgd(0.01, momentum=0.9))
+    state = jax.eval_shape(optimizer.init, params)
+    specs = partition(params)
+    state_specs = optax.tree.map_params(
+        optimizer, lambda _, x: x, state, specs, transform_non_params=lambda _: P()
+    )
+    out_specs = specs, state_specs
+    step = make_step(optimizer)
+    if form == SHARD_MAP:
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(*out_specs, specs), out_specs=out_specs
+        )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+    carry = jax.tree.map(
+        lambda x, sharding: x.update(sharding=sharding), (params, state), shardings
+    )
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    return jitted.lower(*carry, carry[0])
+
+
+def breaks(row: Row) -> list[str]:
+    """Returns what a clip of ours adds and may not."""
+    if row["contender"] == OPTAX:
+        return []
+    most = row["all_reduces_allowed"]
+    others = row["others_in_branches"] + sum(row[kind] for kind in _compiled.OTHERS)
+    checks = (
+        (others, 0, "gathers and the like"),
+        (row["all_reduce"], most, "all-reduces"),
+        (row["in_branches"], RESCUES * most, "collectives in branches"),
+    )
+    return [
+        f"{count} {what}, expected at most {limit}"
+        for count, limit, what in checks
+        if count > limit
+    ]
+
+
+def cases(params: Tree) -> Iterator[tuple[str, str, str, Any]]:
+    """Yields form, clip, contender and transformation."""
+    for form in (JIT, SHARD_MAP):
+        yield form, NO_CLIP, NO_CLIP, optax.identity()
+        for name, clip in overhead.CLIPS.items():
+            if form == JIT and clip.optax is not None:
+                yield form, name, OPTAX, clip.optax
+            ours = clip.ours
+            if form == SHARD_MAP and name == "adaptive":  # types don't tell its units
+                ours = optaxclip.over_axes(ours, partition(params))
+            yield form, name, OURS, ours
+
+
+def describe(name: str, params: Tree) -> Row:
+    """Returns what all rows of one target have in common."""
+    target = TARGETS[name]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    return {
+        "question": "compiled_collectives",
+        "target": name,
+        "target_device": target.device,
+        "compiler": f"{target.compiler} {target.version()}",
+        "fsdp": target.mesh[0],
+        "tensor": target.mesh[1],
+        "leaves": len(sizes),
+        "elements": sum(sizes),
+    }
+
+
+def report(name: str, layers: int) -> list[Row]:
+    """Prints the table of one target, and returns its rows."""
+    target, params = TARGETS[name], gpt2(layers)
+    common = describe(name, params)
+    machine = f"{common['fsdp']} x {common['tensor']} {target.device}"
+    print(f"\n{name}: {common['leaves']} leaves on {machine}, by {common['compiler']}")
+    columns = ("form", "clip", "contender", "all-reduce", "others", "branches", "bytes")
+    show(*columns, "est. us", "kcycles", "MB", "kernels", "compile s")
+    rows = []
+    for form, clip, contender, transformation in cases(params):
+        start = time.perf_counter()
+        compiled = _compiled.compile_for(
+            target, functools.partial(lower, target, form, transformation, params)
+        )
+        row = common | {"form": form, "clip": clip, "contender": contender}
+        row["compile_s"] = round(time.perf_counter() - start, 2)
+        row["all_reduces_allowed"] = allowed(form, clip, params)
+        row |= _compiled.cost(target, compiled)
+        row["breaks"] = breaks(row)
+        show_row(row)
+        rows.append(row)
+    return rows
+
+
+def show_row(row: Row) -> None:
+    others = sum(row[kind] for kind in _compiled.OTHERS)
+    counts = row["all_reduce"], others, row["in_branches"], row["collective_bytes"]
+    cycles = row["cycles"] and round(row["cycles"] / 1e3)
+    accessed = row["bytes_accessed"] and round(row["bytes_accessed"] / 1e6)
+    costs = row["estimate_us"], cycles, accessed, row["kernels"], row["compile_s"]
+    show(row["form"], row["clip"], row["contender"], *counts, *costs)
+    for fault in row["breaks"]:
+        print(f"  FAILS: {fault}", flush=True)
+
+
+def show(*cells: Any) -> None:
+    form = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>6}{:>8}{:>10}"
+    print(form.format(*("-" if x is None else x for x in cells)), flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--platforms",
+        nargs="+",
+        choices=TARGETS,
+        help="default: those installed",
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one layer")
+    args = parser.parse_args()
+    wanted = args.platforms or list(TARGETS)
+    args.platforms, missing = [], []
+    for name in wanted:
+        (args.platforms if TARGETS[name].version() else missing).append(name)
+    for name in missing:
+        target = TARGETS[name]
+        install = target.install.format(jax=jax.__version__)
+        print(f"{name} is left out: it needs {target.compiler}. To get it,")
+        print(f"in an environment of its own:  pip install {install}")
+    if not args.platforms:
+        parser.error("no compiler for any of these platforms")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    _compiled.set_up()
+    machine = _timing.machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    failed = 0
+    for name in args.platforms:
+        rows = report(name, 1 if args.quick else LAYERS)
+        _timing.append_rows(args.out, [machine | row for row in rows])
+        failed += sum(bool(row["breaks"]) for row in rows)
+    if failed:
+        sys.exit(f"\n{failed} rows add collectives that a clip should not.")
+
+
+if __name__ == "__main__":
+    main()

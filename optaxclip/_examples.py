@@ -1,0 +1,215 @@
+"""Gradients of many examples, each clipped by itself: measured, added up, rounded.
+
+The norms, the factors and the rescue from over- and underflow are the engine's; here is
+what a batch axis asks for.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, norms
+from optaxclip._engine import Factor, scope_factors
+
+MaxNorm = ArrayLike | Mapping[str, ArrayLike]
+Limits = Callable[[_scopes.Measured, _leaves.Leaves], jax.Array]
+
+# Norms are right to 1e-6, and factors and products round a few times more.
+_STRICT = 32  # units of the last place by which a strict threshold is lowered
+
+
+class Example(NamedTuple):
+    """The gradient of one example after the clip; of many, with a batch axis."""
+
+    shares: Any  # what each counted leaf adds to the sum, not rounded
+    norms: jax.Array
+    factors: jax.Array
+    is_finite: jax.Array
+
+
+class Rule(NamedTuple):
+    """How to clip the gradient of one example: norm x threshold x factor."""
+
+    norm: _scopes.Norm
+    factor: Factor
+    limits: Limits
+
+
+def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
+    """Returns the gradient of one example, clipped and not yet rounded."""
+    leaves = _leaves.flatten(grads)
+    measured = _scopes.measure(norms.formula(rule.norm), leaves, splits)
+    if isinstance(measured.norms, _scopes.Units):
+        raise ValueError(
+            "Expected a norm of all leaves, of each leaf or of groups, got one of"
+            " units. Use `norms.leaf_norms`."
+        )
+    limits = rule.limits(measured, leaves)
+    scales, rests = scope_factors(rule.factor, measured, limits)
+    columns = [
+        _scopes.of_leaf(packed, measured.scopes, len(leaves.counted))
+        for packed in (scales, rests)
+    ]
+    rows = zip(leaves.measured(), *columns, strict=True)
+    return Example(
+        [x * scale * rest for x, scale, rest in rows],
+        measured.sizes(),
+        scales * rests,
+        jnp.all(jnp.isfinite(measured.norms)),
+    )
+
+
+def limits_of(max_norm: MaxNorm, strict: bool) -> Limits:
+    """Returns a function to the threshold of each scope."""
+
+    def limits(measured: _scopes.Measured, leaves: _leaves.Leaves) -> jax.Array:
+        if isinstance(max_norm, Mapping):
+            past = _limits.stateless(max_norm, measured, leaves)
+            zero = jnp.zeros((), jnp.int32)
+            every, _ = _limits.update(max_norm, measured, zero, past, leaves, None, {})
+        else:
+            share = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
+            share /= math.sqrt(max(len(measured.scopes), 1))
+            every = jnp.broadcast_to(share, measured.norms.shape)
+        return every * (1 - _STRICT * jnp.finfo(leaves.dtype).eps) if strict else every
+
+    return limits
+
+
+def added(example: Example, real: jax.Array) -> list[jax.Array]:
+    """Returns the sums over the batch axis of what each counted leaf adds."""
+    used = real & example.is_finite
+
+    def total(x: jax.Array) -> jax.Array:
+        rows = used.reshape((-1,) + (1,) * (x.ndim - 1))
+        return jnp.sum(x, axis=0, where=rows)  # a factor of 0 would keep a NaN
+
+    return [total(x) for x in example.shares]
+
+
+def by_microbatches(
+    microbatch: Callable[[jax.Array, Any], tuple[Any, Any]],
+    zeros: list[jax.Array],
+    real: jax.Array,
+    batch: Any,
+    size: int | None,
+) -> tuple[Any, Any]:
+    """Runs over the batch in parts of ``size`` examples, the last one padded.
+
+    A part takes every so-manieth example, so that of a batch that is spread over
+    devices each has its share in every part.
+    """
+    total = real.size
+    if size is None or size >= total:
+        return microbatch(real, batch)
+    count = -(-total // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.concatenate([x, x[: count * size - total]])
+        return jnp.moveaxis(x.reshape(size, count, *x.shape[1:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(size * count, *x.shape[2:])[:total]
+
+    def body(sums: Any, part: Any) -> tuple[Any, Any]:
+        more, rows = microbatch(*part)
+        return jax.tree.map(jnp.add, sums, more), rows
+
+    inside = (jnp.arange(count * size) < total).reshape(size, count).T
+    parts = split(real) & inside, jax.tree.map(split, batch)
+    sums, rows = jax.lax.scan(body, zeros, parts)
+    return sums, jax.tree.map(join, rows)
+
+
+def statistics(
+    example: Example, real: jax.Array, axes: _mesh.Axes
+) -> tuple[jax.Array, ...]:
+    """Returns norms, factors, and how many are real, clipped and not finite."""
+    used = real & example.is_finite
+    rows = used.reshape((-1,) + (1,) * (example.factors.ndim - 1))
+    factors = jnp.where(rows, example.factors, 0)
+    below = example.factors.reshape(real.size, -1) < 1
+    is_clipped = used & jnp.any(below, axis=1)
+    counts = [jnp.sum(x, dtype=jnp.int32) for x in (real, is_clipped, real & ~used)]
+    if axes:
+        counts = jax.lax.psum(counts, tuple(sorted(axes)))
+    return example.norms, factors, *counts
+
+
+def rounded_like(tree: Any, counted: list[jax.Array], toward_zero: bool) -> Any:
+    """Returns ``tree`` with its counted leaves replaced and zeros for all others."""
+    leaves = _leaves.flatten(jax.tree.map(jnp.zeros_like, tree))
+    narrow = _toward_zero if toward_zero else _leaves.narrow
+    pairs = zip(counted, leaves.counted, strict=True)
+    return leaves.replaced([narrow(x, leaves.leaves[i]) for x, i in pairs])
+
+
+def _toward_zero(x: jax.Array, like: jax.Array) -> jax.Array:
+    rounded = _leaves.narrow(x, like)
+    if rounded.dtype == x.dtype:
+        return rounded
+    # The next number towards zero of any of these formats is the one before in bits.
+    bits = jax.lax.bitcast_convert_type(rounded, f"uint{8 * rounded.dtype.itemsize}")
+    smaller = jax.lax.bitcast_convert_type(bits - 1, rounded.dtype)
+    is_larger = jnp.abs(rounded.astype(x.dtype)) > jnp.abs(x)
+    return jnp.where(is_larger, smaller, rounded)
+
+
+def spread(params: Any, batch: Any) -> tuple[_mesh.Axes, _splits.Splits]:
+    """Returns the mesh axes that split the batch, and how the params are split."""
+    leaves = _leaves.flatten(params)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return frozenset(), (_splits.WHOLE,) * len(leaves.counted)
+    splits = _splits.by_type(leaves)
+    axes = frozenset[str]().union(*map(_mesh.varying_axes, jax.tree.leaves(batch)))
+    for split, path in zip(splits, leaves.paths(), strict=True):
+        if both := split.axes & axes:
+            raise ValueError(
+                "Expected params that are whole on every device of the batch, got"
+                f" {path!r} split over the mesh axes {sorted(both)}, which split the"
+                " batch, too: examples of several devices would be added up before the"
+                " clip. Call `jax.lax.all_gather` on it outside of `loss_fn`."
+            )
+    return axes, splits
+
+
+def batch_size(batch: Any) -> int:
+    """Returns the number of examples."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes or sizes == {0}:
+        raise ValueError(
+            "Expected a batch of arrays with one leading batch axis, of at least one"
+            f" example, got shapes {shapes}. Bind to `loss_fn` what has none."
+        )
+    return shapes[0][0]
+
+
+def real(where: Any, size: int) -> jax.Array:
+    """Returns which examples are not padding."""
+    if where is None:
+        return jnp.ones(size, bool)
+    where = jnp.asarray(where)
+    if where.shape != (size,) or where.dtype != bool:
+        raise ValueError(
+            f"Expected `where` to be {size} booleans, False for padding, got"
+            f" {where.dtype} of shape {where.shape}."
+        )
+    return where
+
+
+def check(max_norm: Any, microbatch_size: Any = None) -> None:
+    if isinstance(max_norm, Mapping):
+        _checks.mapping(max_norm, "max_norm", _checks.number)
+    else:
+        _checks.number(max_norm, "max_norm")
+    if microbatch_size is None:
+        return
+    if not isinstance(microbatch_size, int) or microbatch_size < 1:
+        raise ValueError(
+            f"Expected microbatch_size >= 1, an int, got {microbatch_size!r}."
+        )

@@ -22,6 +22,14 @@ from optaxclip._example_clips import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
+from optaxclip._guards import (
+    GuardState as GuardState,
+    ZeroNonfiniteState as ZeroNonfiniteState,
+    skip_if_nonfinite as skip_if_nonfinite,
+    skip_if_spike as skip_if_spike,
+    unscale as unscale,
+    zero_nonfinite as zero_nonfinite,
+)
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
 from optaxclip._per_example import (
     PerExample as PerExample,

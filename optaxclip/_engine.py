@@ -146,6 +146,7 @@ def clip_by(
         max_norms, rule_state = _limits.update(
             threshold, measured, count, past, leaves, params, extra_args
         )
+        max_norms = jax.tree.map(lambda x: jnp.maximum(x, 0), max_norms)
         scales, rests = scope_factors(factor, measured, max_norms)
         updates = multiplied(leaves, measured.scopes, scales, rests)
         if old is None:
@@ -161,19 +162,22 @@ def scope_factors(
 ) -> tuple[_scopes.Packed, _scopes.Packed]:
     """Returns the factors in two parts each, a power of two and the rest.
 
-    Where a factor would be too small for its dtype, it is computed for a threshold
-    scaled up, and the updates are scaled down: a factor so small is proportional to the
-    threshold.
+    Where a factor is too small for its dtype, it is computed for a threshold scaled up,
+    and the updates are scaled down: a factor so small is proportional to the threshold.
     """
     norms, powers = measured.norms, measured.powers
-    ups = jax.tree.map(_up, norms, powers, max_norms)
     rest = functools.partial(_rest, factor)
+    ones = jax.tree.map(jnp.ones_like, norms)
+    plain = jax.tree.map(rest, norms, powers, ones, max_norms)
+    ups = jax.tree.map(_up, plain, norms, powers, max_norms)
     rests = jax.tree.map(rest, norms, powers, ups, max_norms)
     return jax.tree.map(jnp.reciprocal, ups), rests
 
 
 @jax.jit
-def _up(norm: jax.Array, power: jax.Array, max_norm: jax.Array) -> jax.Array:
+def _up(
+    plain: jax.Array, norm: jax.Array, power: jax.Array, max_norm: jax.Array
+) -> jax.Array:
     """Returns a power of two for the threshold, of which the updates get the inverse.
 
     So large only that what the updates lose to underflow would be lost in the product.
@@ -185,7 +189,8 @@ def _up(norm: jax.Array, power: jax.Array, max_norm: jax.Array) -> jax.Array:
     one = jnp.ones_like(norm)
     up = jnp.where(max_norm * (power * (half * loss)) < norm, half, one)
     up = jnp.where(max_norm * (power * (half * loss)) * (full / half) < norm, full, up)
-    return jax.lax.stop_gradient(jnp.where(power > 1, one, up))
+    is_tiny = (plain * (half * loss) < 1) & (power <= 1)
+    return jax.lax.stop_gradient(jnp.where(is_tiny, up, one))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -201,7 +206,7 @@ def _rest(
     # Both go down where the power would take a large threshold out of the range.
     large = 2.0 ** (3 * info.maxexp // 4)
     down = jnp.where(max_norm * power > large, 2.0 ** -(info.maxexp // 2), one)
-    scaled = jnp.minimum(max_norm * (power * up * down), info.max)
+    scaled = jnp.minimum((max_norm * down) * (power * up), info.max)
     rest = factor(jnp.where(norm == 0, 1, norm * down), scaled)
     rest = jnp.where((norm == 0) | jnp.isinf(max_norm), 1, rest)
     # NaN where the norm is not finite. A division comes last because the compiler

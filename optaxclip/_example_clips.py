@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip import _examples, _leaves, _mesh, _scopes, _splits, factors, norms
+from optaxclip import (
+    _checks,
+    _examples,
+    _leaves,
+    _mesh,
+    _scopes,
+    _splits,
+    factors,
+    norms,
+)
 
 
 def per_example_global_norm_clip(
@@ -38,7 +47,7 @@ def per_example_global_norm_clip(
       Abadi et al., `Deep Learning with Differential Privacy
       <https://arxiv.org/abs/1607.00133>`_, 2016
     """
-    _examples.check(l2_norm_clip)
+    _checks.number(l2_norm_clip, "l2_norm_clip")
     totals, found = _clipped_sum(
         grads, norms.global_norm, _examples.limits_of(l2_norm_clip, False)
     )
@@ -72,7 +81,7 @@ def per_example_layer_norm_clip(
       McMahan et al., `Learning Differentially Private Recurrent Language Models
       <https://arxiv.org/abs/1710.06963>`_, 2017
     """
-    _examples.check(global_l2_norm_clip)
+    _checks.number(global_l2_norm_clip, "global_l2_norm_clip")
 
     def by_size(measured: _scopes.Measured, leaves: _leaves.Leaves) -> jax.Array:
         sizes = [jnp.size(leaves.leaves[i]) for i in leaves.counted]
@@ -81,9 +90,10 @@ def per_example_layer_norm_clip(
 
     limits = _examples.limits_of(global_l2_norm_clip, False) if uniform else by_size
     totals, found = _clipped_sum(grads, norms.leaf_norms, limits)
-    leaves, treedef = jax.tree.flatten(grads)
+    leaves = _leaves.flatten(totals)
     counts = jnp.sum(found < 1, axis=0)
-    return totals, treedef.unflatten([counts[i] for i in range(len(leaves))])
+    nobody = leaves._replace(leaves=[jnp.zeros((), counts.dtype)] * len(leaves.leaves))
+    return totals, nobody.replaced([counts[i] for i in range(counts.size)])
 
 
 def _clipped_sum(
@@ -92,7 +102,8 @@ def _clipped_sum(
     """Returns the sum over the batch axis and the factor of every example."""
     grads = jax.tree.map(_inexact, grads)
     real = jnp.ones(_examples.batch_size(grads), bool)
-    if any(_mesh.varying_axes(x) for x in jax.tree.leaves(grads)):
+    differ = any(_mesh.varying_axes(x) for x in jax.tree.leaves(grads))
+    if differ or not _splits.types_are_kept():
         raise ValueError(
             "Expected gradients of the whole batch, got some that differ from device to"
             " device inside `shard_map`: nothing says whether the batch or a leaf is"
@@ -103,7 +114,7 @@ def _clipped_sum(
     clipped = functools.partial(_examples.clipped, rule, splits)
     example = jax.vmap(clipped)(grads)
     first = jax.tree.map(lambda x: x[0], grads)
-    totals = _examples.rounded_like(first, _examples.added(example, real), False)
+    totals = _examples.rounded_like(first, _examples.added(example, real))
     return totals, _examples.statistics(example, real, frozenset())[1]
 
 

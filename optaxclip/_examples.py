@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, norms
@@ -28,6 +29,7 @@ class Example(NamedTuple):
     shares: Any  # what each counted leaf adds to the sum, not rounded
     norms: jax.Array
     factors: jax.Array
+    is_above: jax.Array  # any norm above its threshold
     is_finite: jax.Array
 
 
@@ -43,11 +45,6 @@ def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
     """Returns the gradient of one example, clipped and not yet rounded."""
     leaves = _leaves.flatten(grads)
     measured = _scopes.measure(norms.formula(rule.norm), leaves, splits)
-    if isinstance(measured.norms, _scopes.Units):
-        raise ValueError(
-            "Expected a norm of all leaves, of each leaf or of groups, got one of"
-            " units. Use `norms.leaf_norms`."
-        )
     limits = rule.limits(measured, leaves)
     scales, rests = scope_factors(rule.factor, measured, limits)
     columns = [
@@ -59,6 +56,7 @@ def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
         [x * scale * rest for x, scale, rest in rows],
         measured.sizes(),
         scales * rests,
+        jnp.any(measured.sizes() > limits),
         jnp.all(jnp.isfinite(measured.norms)),
     )
 
@@ -72,9 +70,10 @@ def limits_of(max_norm: MaxNorm, strict: bool) -> Limits:
             zero = jnp.zeros((), jnp.int32)
             every, _ = _limits.update(max_norm, measured, zero, past, leaves, None, {})
         else:
-            share = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
+            share = jnp.asarray(max_norm, leaves.dtype)
             share /= math.sqrt(max(len(measured.scopes), 1))
             every = jnp.broadcast_to(share, measured.norms.shape)
+        every = jnp.maximum(every, 0)
         return every * (1 - _STRICT * jnp.finfo(leaves.dtype).eps) if strict else every
 
     return limits
@@ -132,31 +131,18 @@ def statistics(
     used = real & example.is_finite
     rows = used.reshape((-1,) + (1,) * (example.factors.ndim - 1))
     factors = jnp.where(rows, example.factors, 0)
-    below = example.factors.reshape(real.size, -1) < 1
-    is_clipped = used & jnp.any(below, axis=1)
-    counts = [jnp.sum(x, dtype=jnp.int32) for x in (real, is_clipped, real & ~used)]
+    masks = real, used & example.is_above, real & ~used
+    counts = [jnp.sum(x, dtype=jnp.int32) for x in masks]
     if axes:
         counts = jax.lax.psum(counts, tuple(sorted(axes)))
     return example.norms, factors, *counts
 
 
-def rounded_like(tree: Any, counted: list[jax.Array], toward_zero: bool) -> Any:
+def rounded_like(tree: Any, counted: list[jax.Array]) -> Any:
     """Returns ``tree`` with its counted leaves replaced and zeros for all others."""
     leaves = _leaves.flatten(jax.tree.map(jnp.zeros_like, tree))
-    narrow = _toward_zero if toward_zero else _leaves.narrow
     pairs = zip(counted, leaves.counted, strict=True)
-    return leaves.replaced([narrow(x, leaves.leaves[i]) for x, i in pairs])
-
-
-def _toward_zero(x: jax.Array, like: jax.Array) -> jax.Array:
-    rounded = _leaves.narrow(x, like)
-    if rounded.dtype == x.dtype:
-        return rounded
-    # The next number towards zero of any of these formats is the one before in bits.
-    bits = jax.lax.bitcast_convert_type(rounded, f"uint{8 * rounded.dtype.itemsize}")
-    smaller = jax.lax.bitcast_convert_type(bits - 1, rounded.dtype)
-    is_larger = jnp.abs(rounded.astype(x.dtype)) > jnp.abs(x)
-    return jnp.where(is_larger, smaller, rounded)
+    return leaves.replaced([_leaves.narrow(x, leaves.leaves[i]) for x, i in pairs])
 
 
 def spread(params: Any, batch: Any) -> tuple[_mesh.Axes, _splits.Splits]:
@@ -164,6 +150,12 @@ def spread(params: Any, batch: Any) -> tuple[_mesh.Axes, _splits.Splits]:
     leaves = _leaves.flatten(params)
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return frozenset(), (_splits.WHOLE,) * len(leaves.counted)
+    if not _splits.types_are_kept():
+        raise ValueError(
+            "Expected types that say over which mesh axes the batch is split, without"
+            " which gradients of several examples would be added up before the clip,"
+            " got none. Use `shard_map(..., check_vma=True)`."
+        )
     splits = _splits.by_type(leaves)
     axes = frozenset[str]().union(*map(_mesh.varying_axes, jax.tree.leaves(batch)))
     for split, path in zip(splits, leaves.paths(), strict=True):
@@ -172,9 +164,19 @@ def spread(params: Any, batch: Any) -> tuple[_mesh.Axes, _splits.Splits]:
                 "Expected params that are whole on every device of the batch, got"
                 f" {path!r} split over the mesh axes {sorted(both)}, which split the"
                 " batch, too: examples of several devices would be added up before the"
-                " clip. Call `jax.lax.all_gather` on it outside of `loss_fn`."
+                ' clip. Gather it before, by `jax.lax.all_gather(..., to="invarying")`.'
             )
     return axes, splits
+
+
+def check_own(loss: jax.Array, axes: _mesh.Axes) -> None:
+    """Raises where the loss of an example is not that of one device."""
+    if missing := axes - _mesh.varying_axes(loss):
+        raise ValueError(
+            "Expected `loss_fn` to return the loss of one example, got one that is the"
+            f" same along the mesh axes {sorted(missing)}, which split the batch: don't"
+            " sum over devices in it, and split the batch by examples alone."
+        )
 
 
 def batch_size(batch: Any) -> int:
@@ -202,14 +204,23 @@ def real(where: Any, size: int) -> jax.Array:
     return where
 
 
-def check(max_norm: Any, microbatch_size: Any = None) -> None:
+def check(rule: Rule, max_norm: Any, microbatch_size: Any = None) -> None:
+    """Raises unless a gradient can be clipped like this."""
     if isinstance(max_norm, Mapping):
         _checks.mapping(max_norm, "max_norm", _checks.number)
     else:
         _checks.number(max_norm, "max_norm")
+    _checks.function(rule.factor, "factor")
+    if not norms.is_partition(_checks.function(rule.norm, "norm")):
+        raise ValueError(
+            "Expected an L2 norm in which every leaf counts once, `norms.global_norm`,"
+            f" `norms.leaf_norms` or `norms.group_norms()`, got {rule.norm!r}: it would"
+            " not bound what an example contributes."
+        )
     if microbatch_size is None:
         return
-    if not isinstance(microbatch_size, int) or microbatch_size < 1:
+    is_int = isinstance(microbatch_size, int | np.integer)
+    if isinstance(microbatch_size, bool) or not is_int or microbatch_size < 1:
         raise ValueError(
             f"Expected microbatch_size >= 1, an int, got {microbatch_size!r}."
         )

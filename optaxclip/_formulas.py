@@ -69,11 +69,11 @@ def excluding(
     formula: _scopes.Formula,
     exclude: tuple[str, ...],
 ) -> _scopes.Plain:
-    winners = _paths.resolve(exclude, _paths.paths(updates), "`exclude`")
+    matching = _paths.matching(exclude, _paths.paths(updates), "`exclude`")
     leaves, treedef = jax.tree.flatten(updates)
     counted = [
-        leaf if winner is None else jnp.zeros_like(leaf)
-        for leaf, winner in zip(leaves, winners, strict=True)
+        jnp.zeros_like(leaf) if is_excluded else leaf
+        for leaf, is_excluded in zip(leaves, matching, strict=True)
     ]
     return formula(treedef.unflatten(counted), splits)
 

@@ -77,7 +77,7 @@ def update(
             limits = jax.tree.map(
                 lambda x, y=limit: jnp.broadcast_to(y, x.shape), norms
             )
-        parts.append((places, jax.tree.map(lambda x: jnp.maximum(x, 0), limits)))
+        parts.append((places, limits))
         states.append(new)
     allowed = _merged(parts, measured.scopes)
     return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]

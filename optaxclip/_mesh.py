@@ -127,11 +127,12 @@ def at_smallest(
     device = jnp.zeros((), jnp.int32)
     for name in names:
         device = device * shape[name] + jax.lax.axis_index(name)
-    mine = jnp.arange(math.prod(shape[name] for name in names)) == device
-    rows = jnp.where(mine[:, None, None], jnp.stack([key, *values]), 0)
-    every = jax.lax.psum(rows, names)
-    best = jnp.argmin(every[:, 0], axis=0)
-    return list(jnp.take_along_axis(every[:, 1:], best[None, None], axis=0)[0])
+    key = jnp.where(jnp.isnan(key), -jnp.inf, key)
+    is_best = key == jax.lax.pmin(key, names)
+    last = math.prod(shape[name] for name in names)
+    first = jax.lax.pmin(jnp.where(is_best, device, last), names)
+    rows = jnp.where((device == first)[None], jnp.stack(values), 0)
+    return list(jax.lax.psum(rows, names))
 
 
 def _at_origin(part: jax.Array, axes: list[str]) -> jax.Array:

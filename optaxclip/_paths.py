@@ -45,13 +45,24 @@ def resolve(
     """
     patterns = sorted(patterns, key=_checked)
     winners = [_most_specific(patterns, path, what) for path in paths]
+    matching(patterns, paths, what)
+    return winners
+
+
+def matching(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[bool]:
+    """Returns of each path whether any pattern matches it.
+
+    Raises:
+      TypeError, ValueError: as `resolve`, but patterns may overlap.
+    """
+    patterns = [_checked(pattern) for pattern in patterns]
     for pattern in patterns:
         if paths and not any(_matches(pattern, path) for path in paths):
             raise ValueError(
                 f"Every pattern of {what} has to match a leaf: {pattern!r} matches"
                 f" none. {_listing(paths)}"
             )
-    return winners
+    return [any(_matches(pattern, path) for pattern in patterns) for path in paths]
 
 
 def of_layer(patterns: Iterable[str], path: str, what: str) -> str | None:

@@ -29,8 +29,8 @@ class PerExample(NamedTuple):
       factors: what each was multiplied by, of the same shape; 0 for an example that is
         padding or whose gradient is not finite.
       example_count: examples that are not padding, int32.
-      clipped_count: of these, the ones with a factor below 1, int32; those that are not
-        finite do not count.
+      clipped_count: of these, the ones with a norm above its threshold, int32; those
+        that are not finite do not count.
       nonfinite_count: of these, the ones whose gradient has a NaN or an infinity.
     """
 
@@ -64,12 +64,13 @@ def per_example_clipped_grad(
 
     Guarantees:
       * What an example contributes has a norm of at most ``max_norm``, to float32
-        rounding; with `strict`, exactly.
+        rounding; with `strict`, exactly. So has what one more example changes in the
+        sum, but for the rounding of sums, of which low precision has much.
       * An example whose gradient has a NaN or an infinity contributes 0 and is counted;
         so does padding, uncounted.
       * Every finite gradient is measured exactly, whatever its dtype and magnitude.
         Contributions are added in float32 (float64 where a parameter is), and rounded
-        once to the dtypes of the params.
+        once to the dtypes of the params; with `strict` they stay float32.
       * Inside ``shard_map`` the result is that of the whole batch: parameters that are
         split over devices are measured whole, and contributions are added over the axes
         that split the batch.
@@ -77,7 +78,8 @@ def per_example_clipped_grad(
     Args:
       loss_fn: function ``loss_fn(params, *example) -> loss`` of one example, without a
         batch axis. What differs from example to example (such as a dropout key) is an
-        argument; bind what does not.
+        argument; bind what does not. Inside ``shard_map`` it must not communicate over
+        axes that split the batch.
       max_norm: largest norm of a whole gradient, possibly traced. A norm of K leaves or
         groups gives each ``max_norm / sqrt(K)``. Or a mapping from path patterns to
         the largest norm of each scope.
@@ -89,8 +91,9 @@ def per_example_clipped_grad(
       microbatch_size: examples whose gradients are in memory at the same time; None for
         all.
       has_aux: ``loss_fn`` returns a pair ``(loss, aux)``.
-      strict: lower the threshold by the rounding of the arithmetic (4e-6), and round
-        the result towards zero, so that low precision never exceeds the bound.
+      strict: lower the threshold by the rounding of the arithmetic (4e-6), and don't
+        round the result to a lower precision than float32, so that noise can be added
+        before that.
 
     Returns:
       A function ``(params, *batch, where=None) -> (grads, PerExample)``. The arrays of
@@ -100,9 +103,10 @@ def per_example_clipped_grad(
     Raises:
       TypeError: when building, ``loss_fn`` or ``norm`` is not a function, or
         ``max_norm`` neither a number nor a mapping to numbers.
-      ValueError: when building, a negative or NaN threshold, or a microbatch below 1;
-        when tracing, batch axes that disagree, a norm of units, and inside
-        ``shard_map``, params split over an axis that splits the batch, or no types.
+      ValueError: when building, a negative or NaN threshold, another norm, or a
+        microbatch below 1;
+        when tracing, batch axes that disagree, and inside ``shard_map``, params split
+        over an axis that splits the batch, a loss summed over it, or no types.
 
     Examples:
       >>> def loss_fn(params, x, y):
@@ -130,10 +134,9 @@ def per_example_clipped_grad(
       <https://arxiv.org/abs/1710.06963>`_, 2017
     """
     _checks.function(loss_fn, "loss_fn")
-    _checks.function(norm, "norm")
-    _examples.check(max_norm, microbatch_size)
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
     rule = _examples.Rule(norm, factor, _examples.limits_of(max_norm, strict))
+    _examples.check(rule, max_norm, microbatch_size)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=has_aux)
 
     def clipped_grad(
         params: Any, *batch: Any, where: ArrayLike | None = None
@@ -145,6 +148,7 @@ def per_example_clipped_grad(
 
         def of_one(*example: Any) -> tuple[Any, _examples.Example]:
             values, grads = value_and_grad(own, *example)
+            _examples.check_own(values[0] if has_aux else values, axes)
             return values, _examples.clipped(rule, splits, grads)
 
         def microbatch(real: jax.Array, batch: Any) -> tuple[Any, Any]:
@@ -163,7 +167,8 @@ def per_example_clipped_grad(
         if mean:
             count = jnp.maximum(seen.example_count, 1).astype(leaves.dtype)
             sums = [x / count for x in sums]
-        return _examples.rounded_like(params, sums, strict), seen
+        wide = leaves.replaced(leaves.measured())
+        return _examples.rounded_like(wide if strict else params, sums), seen
 
     return clipped_grad
 
@@ -194,8 +199,8 @@ def adapt_max_norm(
       learning_rate: :math:`\eta`.
       noise: standard deviation :math:`\sigma_b` of the noise on the count, which is a
         query about the data as well; the paper uses a twentieth of the batch. For a
-        total noise multiplier z, noise the gradients with a multiplier of
-        ``(z**-2 - (2 * noise) ** -2) ** -0.5``.
+        total noise multiplier z, below ``2 * noise``, noise the gradients with a
+        multiplier of ``(z**-2 - (2 * noise) ** -2) ** -0.5``.
       key: random key for that noise.
       batch_size: n; None counts the examples, which private training must not do.
 
@@ -223,6 +228,11 @@ def adapt_max_norm(
       Andrew et al., `Differentially Private Learning with Adaptive Clipping
       <https://arxiv.org/abs/1905.03871>`_, 2019
     """
+    if not isinstance(seen, PerExample):
+        raise TypeError(
+            "Expected the statistics that `per_example_clipped_grad` returns beside the"
+            f" gradients, got {type(seen).__name__}."
+        )
     numbers = {"max_norm": max_norm, "quantile": quantile, "noise": noise}
     for what, value in (numbers | {"learning_rate": learning_rate}).items():
         _checks.number(value, what)

@@ -145,6 +145,12 @@ def zeros(formula: Formula, leaves: Leaves) -> Measured:
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
 
+def single(size: jax.Array, dtype: Any) -> Measured:
+    """Returns one number that is not a norm as if it were the global one."""
+    size = jnp.asarray(size, dtype)
+    return Measured(size, jnp.ones_like(size), (EVERYTHING,), frozenset())
+
+
 def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Array]:
     """Returns for each of ``count`` leaves the entry of its scope."""
     if EVERYTHING in scopes:

@@ -4,10 +4,9 @@ Only inside ``shard_map`` and ``pmap`` does it matter: there a leaf is one devic
 piece. Under ``jit`` with sharded arrays every leaf is whole.
 """
 
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,9 +46,11 @@ Splits = tuple[Split, ...]  # of the counted leaves
 
 WHOLE = Split(frozenset(), ())
 
-# Set while a function that `over_axes` returned runs: specs by path.
-_specs: contextvars.ContextVar[Mapping[str, PartitionSpec] | None]
-_specs = contextvars.ContextVar("_specs", default=None)
+Specs = tuple[tuple[str, PartitionSpec], ...]  # by path
+
+# Set while a function that `over_axes` returned runs. It is part of the key of all of
+# JAX's caches of traces, so that none of them serves a function with other specs.
+_specs: Any = jax.make_user_context(None)
 
 
 def over_axes(fun: Any, specs: Any) -> Any:
@@ -109,11 +110,11 @@ def over_axes(fun: Any, specs: Any) -> Any:
     def told(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            token = _specs.set(by_path)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _specs.reset(token)
+            with _specs(by_path):
+                result = function(*args, **kwargs)
+            if isinstance(result, optax.GradientTransformation):
+                raise TypeError(_unfit(function))  # made now, it would run later
+            return result
 
         return run
 
@@ -123,11 +124,16 @@ def over_axes(fun: Any, specs: Any) -> Any:
             told(inner.init), told(inner.update)
         )
     if not callable(fun):
-        raise TypeError(
-            "Expected a transformation or a function of updates,"
-            f" `over_axes(clip, specs)`, got {fun!r} of type {type(fun).__name__}."
-        )
+        raise TypeError(_unfit(fun))
     return told(fun)
+
+
+def _unfit(fun: Any) -> str:
+    return (
+        "Expected a transformation or a function of updates, such as"
+        " `over_axes(clip_by_global_norm(1.0), specs)`, got"
+        f" {fun!r} of type {type(fun).__name__}."
+    )
 
 
 def splits(leaves: Leaves) -> Splits:
@@ -139,7 +145,7 @@ def splits(leaves: Leaves) -> Splits:
     if not leaves.counted or not jax.sharding.get_abstract_mesh().manual_axes:
         return (WHOLE,) * len(leaves.counted)
     counted = [leaves.leaves[i] for i in leaves.counted]
-    specs = _specs.get()
+    specs = _specs.value
     if specs is not None:
         return tuple(
             _by_spec(leaf, _spec_of(path, specs), path)
@@ -216,50 +222,56 @@ def _unsummed(path: str, axes: Axes) -> str:
     )
 
 
-def _by_path(specs: Any) -> dict[str, PartitionSpec]:
+def _by_path(specs: Any) -> Specs:
     found, _ = jax.tree.flatten(specs, is_leaf=_is_spec)
     for spec in found:
         if not _is_spec(spec):
             raise TypeError(
                 "Expected `specs` to be a tree of jax.sharding.PartitionSpec, got"
-                f" {spec!r} of type {type(spec).__name__}."
+                f" {spec!r} of type {type(spec).__name__}. Call `over_axes(clip,"
+                " specs)`."
             )
-    return dict(zip(_paths.paths(specs, is_leaf=_is_spec), found, strict=True))
+    return tuple(zip(_paths.paths(specs, is_leaf=_is_spec), found, strict=True))
 
 
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _spec_of(path: str, specs: Mapping[str, PartitionSpec]) -> PartitionSpec:
-    for prefix, spec in specs.items():
-        if prefix in ("", path) or path.startswith(prefix + "/"):
-            return spec
-    raise ValueError(
-        f"Every leaf needs a spec in `over_axes`: there is none for {path!r}, only for"
-        f" {sorted(specs)}."
-    )
+def _spec_of(path: str, specs: Specs) -> PartitionSpec:
+    """Returns the spec of a leaf, or else that of the smallest subtree it is in."""
+    found = [
+        (len(prefix), spec)
+        for prefix, spec in specs
+        if prefix in ("", path) or path.startswith(prefix + "/")
+    ]
+    if not found:
+        raise ValueError(
+            "Every leaf needs a spec in `over_axes`: there is none for"
+            f" {path!r}, only for {[prefix for prefix, _ in specs]}."
+        )
+    return max(found, key=lambda some: some[0])[1]
 
 
 def _by_spec(leaf: Any, spec: PartitionSpec, path: str) -> Split:
     mesh = jax.sharding.get_abstract_mesh()
-    named = [
-        () if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec
-    ]
-    unknown = {axis for axes in named for axis in axes} - set(mesh.axis_names)
-    if len(named) > np.ndim(leaf) or unknown:
+    known = [() if e is PartitionSpec.UNCONSTRAINED else e for e in spec]
+    named = [frozenset((e,) if isinstance(e, str) else e or ()) for e in known]
+    unknown = frozenset[str]().union(*named) - set(mesh.axis_names)
+    if unknown or known != list(spec) or len(spec) > np.ndim(leaf):
         raise ValueError(
             f"Expected a spec for the shape {np.shape(leaf)} of {path!r} on the mesh"
             f" axes {list(mesh.axis_names)}, got {spec}."
         )
-    dimensions = tuple(frozenset(axes) & set(mesh.manual_axes) for axes in named)
+    dimensions = tuple(axes & set(mesh.manual_axes) for axes in named)
     split = Split(frozenset[str]().union(*dimensions), dimensions)
-    if axes := _mesh.varying_axes(leaf) - split.axes:
+    varying = _mesh.varying_axes(leaf)
+    if varying - split.axes or (types_are_kept() and varying != split.axes):
         raise ValueError(
             f"Expected {path!r} to be split as its spec says, {spec}, got a leaf that"
-            f" differs over the mesh axes {sorted(axes)}, too. If it is one device's"
-            " share of a gradient, call `jax.lax.psum` or `jax.lax.pmean` before"
-            " clipping; else correct the spec."
+            f" differs over the mesh axes {sorted(varying)} by its type. If it is one"
+            " device's share of a gradient, call `jax.lax.psum` or `jax.lax.pmean`"
+            " before clipping; else correct the spec."
         )
     return split
 

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.tree_util import DictKey, keystr
 
 from optaxclip import _leaves, _paths
 from optaxclip._cotangents import CotangentStats
 from optaxclip._engine import ClipState
+from optaxclip._guards import GuardState
 from optaxclip._values import ClipByValueState
 
 Names = tuple[list[str], list[str]]  # of leaves and of layers
@@ -35,6 +37,17 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     The first four are of the last step, one for each scope:
     ``clip/norm/encoder/kernel`` for leaves, ``clip/norm/encoder`` for layers.
     :func:`clip_by_value` only counts its steps.
+
+    For each guard (:func:`skip_if_nonfinite`, :func:`skip_if_spike`), called ``guard``
+    likewise, there are
+
+      * ``guard/skipped_count`` and ``guard/skipped_fraction``: steps skipped so far;
+      * ``guard/consecutive_count``: steps in a row, up to now, that it objected to;
+      * ``guard/alarm``: whether these are as many as it was told;
+      * ``guard/last_skipped_step``: counted from 0; -1 if none;
+      * ``guard/culprit``: number of the first norm that was to blame then, -1 if that
+        was the loss. Outside of ``jit`` its path as well, ``guard/culprit/head/bias``,
+        with the step.
 
     Of what clips in the backward pass saw (:class:`CotangentStats`), followed by their
     place in the tree, ``cotangent/norm/head``:
@@ -80,21 +93,26 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
             f" {type(opt_state).__name__} without one. Pass what `tx.init` or"
             " `tx.update` returned, or the gradient of `cotangent_stats()`."
         )
-    same = collections.Counter(labels for labels, _, _ in found)
-    seen: collections.Counter[str] = collections.Counter()
+    same = collections.Counter((_kind(state), labels) for labels, state, _ in found)
+    seen: collections.Counter[Any] = collections.Counter()
     for labels, state, names in found:
-        name = "clip" if same[labels] == 1 else f"clip_{seen[labels]}"
-        seen[labels] += 1
+        kind = _kind(state)
+        number = f"_{seen[kind, labels]}" if same[kind, labels] > 1 else ""
+        seen[kind, labels] += 1
         for key, value in _statistics(state, names).items():
-            result[f"{name}{labels}/{key}"] = value
+            result[f"{kind}{number}{labels}/{key}"] = value
     return result
+
+
+def _kind(state: Any) -> str:
+    return "guard" if isinstance(state, GuardState) else "clip"
 
 
 def _clips(node: Any, params: Any, above: str = "") -> Iterator[tuple[str, Any, Names]]:
     """Yields the labels, the state and the possible names of scopes of every clip."""
     leaves = [] if params is None else _leaves.flatten(params, abstract=True).paths()
     layers = list(dict.fromkeys(_paths.layer(path) or "root" for path in leaves))
-    stops = ClipState | ClipByValueState | optax.MaskedState
+    stops = ClipState | ClipByValueState | GuardState | optax.MaskedState
     for keypath, leaf in jax.tree_util.tree_leaves_with_path(
         node, is_leaf=lambda x: isinstance(x, stops)
     ):
@@ -106,6 +124,8 @@ def _clips(node: Any, params: Any, above: str = "") -> Iterator[tuple[str, Any, 
                 yield below, state, (names, [])
         elif isinstance(leaf, stops):
             yield labels, leaf, (leaves, layers)
+            if isinstance(leaf, GuardState):
+                yield from _clips(leaf.guarded_state, params, labels)
 
 
 def _cotangents(node: Any) -> dict[str, jax.Array]:
@@ -140,6 +160,8 @@ def _seen(stats: CotangentStats) -> dict[str, jax.Array]:
 
 
 def _statistics(state: Any, names: Names) -> dict[str, jax.Array]:
+    if isinstance(state, GuardState):
+        return _guarded(state, names)
     count = _array(state.update_count)
     if isinstance(state, ClipByValueState):
         return {"update_count": count}
@@ -154,11 +176,35 @@ def _statistics(state: Any, names: Names) -> dict[str, jax.Array]:
         if values.ndim == 0:
             result[key] = values
         else:
-            numbers = [str(i) for i in range(values.shape[0])]
-            fitting = [some for some in names if len(some) == len(numbers)]
-            named = zip((*fitting, numbers)[0], values, strict=True)
+            named = zip(_names(values.shape[0], names), values, strict=True)
             result |= {f"{key}/{name}": value for name, value in named}
     return result | {"update_count": count}
+
+
+def _guarded(state: GuardState, names: Names) -> dict[str, jax.Array]:
+    culprits, last = _array(state.culprits), _array(state.last_skipped_step)
+    first = jnp.argmax(culprits) if culprits.size else -1
+    culprit = jnp.where(jnp.any(culprits), first, -1)
+    skipped, count = _array(state.skipped_count), _array(state.step_count)
+    result = {
+        "skipped_count": skipped,
+        "skipped_fraction": skipped / jnp.maximum(count, 1),
+        "consecutive_count": _array(state.consecutive_count),
+        "alarm": _array(state.alarm),
+        "last_skipped_step": last,
+        "culprit": culprit,
+    }
+    is_known = not isinstance(culprit, Tracer)
+    if culprits.ndim == 1 and is_known and culprit >= 0:
+        path = _names(culprits.shape[0], names)[int(culprit)]
+        result[f"culprit/{path}"] = last
+    return result
+
+
+def _names(count: int, names: Names) -> list[str]:
+    """Returns a name for each of so many scopes."""
+    numbers = [str(i) for i in range(count)]
+    return next((some for some in names if len(some) == count), numbers)
 
 
 def _array(field: Any) -> jax.Array:

@@ -44,7 +44,7 @@ def global_norm(updates: Any, *, ord: float = 2) -> jax.Array:
       >>> print(optaxclip.global_norm(jnp.full(1000, 10.0, jnp.float16)))  # Optax: inf
       316.22775
     """
-    return _exact(_with_ord(global_norm, ord), updates)
+    return _exact(_bound(global_norm, ord=ord), updates)
 
 
 def leaf_norms(updates: Any, *, ord: float = 2) -> Any:
@@ -55,7 +55,7 @@ def leaf_norms(updates: Any, *, ord: float = 2) -> Any:
       >>> jax.tree.map(float, optaxclip.norms.leaf_norms(grads))
       {'b': 2.0, 'w': 5.0}
     """
-    return _exact(_with_ord(leaf_norms, ord), updates)
+    return _exact(_bound(leaf_norms, ord=ord), updates)
 
 
 def leaf_rms(updates: Any) -> Any:
@@ -93,7 +93,7 @@ def unit_norms(updates: Any, *, ord: float = 2, axis: Axes = None) -> Any:
       Brock et al., `High-Performance Large-Scale Image Recognition Without
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    return _exact(functools.partial(unit_norms, ord=ord, axis=axis), updates)
+    return _exact(_bound(unit_norms, ord=ord, axis=axis), updates)
 
 
 def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
@@ -150,6 +150,10 @@ def excluding(norm: _scopes.Norm, exclude: str | Sequence[str]) -> _scopes.Norm:
     """
     if not callable(norm):
         raise TypeError(f"Expected `excluding(norm, exclude)`, got norm={norm!r}.")
+    if not isinstance(exclude, str | list | tuple):
+        raise TypeError(
+            f"Expected `exclude` to be a path pattern or several, got {exclude!r}."
+        )
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     return functools.partial(_exact_excluding, norm=norm, exclude=patterns)
 
@@ -163,10 +167,25 @@ def formula(norm: _scopes.Norm) -> _scopes.Formula:
     return _FORMULAS[norm] if known else functools.partial(_scopes.formula_of, norm)
 
 
+def is_partition(norm: _scopes.Norm) -> bool:
+    """Returns whether it is an L2 norm in which every leaf counts, in one scope."""
+    options = norm.keywords if isinstance(norm, functools.partial) else {}
+    function = norm.func if isinstance(norm, functools.partial) else norm
+    known = function in (global_norm, leaf_norms, _exact_group_norms)
+    return known and options.get("ord", 2) == 2
+
+
+def _bound(function: Callable[..., Any], /, **options: Any) -> _scopes.Norm:
+    """Returns the same function for the same options: it is compiled once."""
+    try:
+        return _bound_once(function, **options)
+    except TypeError:  # a mapping
+        return functools.partial(function, **options)
+
+
 @functools.lru_cache(typed=True)
-def _with_ord(norm: Callable[..., Any], ord: float) -> _scopes.Norm:
-    """Returns the same function for the same ``ord``: it is compiled once."""
-    return functools.partial(norm, ord=ord)
+def _bound_once(function: Callable[..., Any], /, **options: Any) -> _scopes.Norm:
+    return functools.partial(function, **options)
 
 
 def _exact(norm: _scopes.Norm, updates: Any) -> Any:
@@ -183,16 +202,13 @@ def _exact(norm: _scopes.Norm, updates: Any) -> Any:
 
 
 def _exact_group_norms(updates: Any, *, labels: Labels, ord: float) -> Any:
-    norm = functools.partial(_exact_group_norms, labels=labels, ord=ord)
-    return _exact(norm, updates)
+    return _exact(_bound(_exact_group_norms, labels=labels, ord=ord), updates)
 
 
 def _exact_excluding(
     updates: Any, *, norm: _scopes.Norm, exclude: tuple[str, ...]
 ) -> Any:
-    return _exact(
-        functools.partial(_exact_excluding, norm=norm, exclude=exclude), updates
-    )
+    return _exact(_bound(_exact_excluding, norm=norm, exclude=exclude), updates)
 
 
 def _excluding(

@@ -8,6 +8,7 @@ too: ``optax.chain(optax.ema(0.99), optax.scale(3.0))`` allows three times the m
 norm.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +91,79 @@ def relative_to_params(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
+class MeanStdState(NamedTuple):
+    """State of :func:`mean_plus_std` with a decay: three numbers per scope.
+
+    Attributes:
+      seen_count: norms seen, int32.
+      means: their weighted means.
+      variances: their weighted variances.
+    """
+
+    seen_count: Any
+    means: Any
+    variances: Any
+
+
+class WindowState(NamedTuple):
+    """State of rules with a window: ``window + 1`` numbers per scope.
+
+    Attributes:
+      seen_count: norms seen, int32.
+      last_norms: the last of them, shape ``(window, ...)``, each new one in place of
+        the oldest.
+    """
+
+    seen_count: Any
+    last_norms: Any
+
+
+def mean_plus_std(
+    num_std: ArrayLike,
+    *,
+    decay: float | None = None,
+    window: int | None = None,
+    warmup_steps: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Allows some standard deviations above the mean norm: k-sigma clipping.
+
+    .. math:: \text{max\_norm} = \mu + \text{num\_std} \cdot \sigma
+
+    Mean and standard deviation are those of the norms so far, this step's included:
+    weighted by ``decay ** age``, or of the last ``window``. To go by the steps before
+    this one wrap it, ``lagged(mean_plus_std(3.0, decay=0.99))``: else a spike raises
+    its own threshold. The norms enter as they are, or after the clip with
+    :func:`clipped_history`.
+
+    Args:
+      num_std: standard deviations allowed above the mean.
+      decay: of the weights with age, at least 0 and below 1. The sums are corrected for
+        their start at zero.
+      window: norms remembered, at least 2. One of ``decay`` and ``window`` is needed.
+      warmup_steps: while fewer norms were seen, this one included, all is allowed.
+
+    Raises:
+      TypeError: ``num_std`` is not a number.
+      ValueError: neither or both of ``decay`` and ``window``, or one out of range.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.mean_plus_std(1.0, window=3)
+      >>> state = rule.init(jnp.zeros(()))
+      >>> for norm in 1.0, 3.0, 3.0, 3.0:
+      ...     max_norm, state = rule.update(jnp.array(norm), state)
+      ...     print(f"{max_norm:.3f}")
+      1.000
+      3.000
+      3.276
+      3.000
+    """
+    _checks.number(num_std, "num_std")
+    _check_memory(decay, window, warmup_steps)
+    if decay is not None:
+        return _rule(_decaying(decay), num_std, warmup_steps)
+    return _rule(_in_window(window or 2), num_std, warmup_steps)
+
+
 def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Allows by the steps before this one: a spike must not raise its own threshold.
 
@@ -156,3 +230,90 @@ def clipped_history(
         return max_norms, inner.update(clipped, state, params, **extra_args)[1]
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+class _Moments(NamedTuple):
+    """How a rule remembers; ``update`` gives means, variances and the new state."""
+
+    init: Callable[[jax.Array], Any]
+    update: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
+
+
+def _decaying(decay: float) -> _Moments:
+    def init(norms: jax.Array) -> MeanStdState:
+        zeros = jnp.zeros_like(norms)
+        return MeanStdState(jnp.zeros_like(norms, jnp.int32), zeros, zeros)
+
+    def update(norms: jax.Array, state: MeanStdState) -> tuple[Any, Any, MeanStdState]:
+        count = jnp.asarray(optax.safe_increment(state.seen_count))
+        weight = (1 - decay) / (1 - decay ** count.astype(norms.dtype))
+        change = norms - state.means
+        means = state.means + weight * change
+        variances = (1 - weight) * (state.variances + weight * change**2)
+        return means, variances, MeanStdState(count, means, variances)
+
+    return _Moments(init, update)
+
+
+def _in_window(window: int) -> _Moments:
+    def init(norms: jax.Array) -> WindowState:
+        ring = jnp.zeros_like(norms, shape=(window, *norms.shape))
+        return WindowState(jnp.zeros_like(norms, jnp.int32), ring)
+
+    def update(norms: jax.Array, state: WindowState) -> tuple[Any, Any, WindowState]:
+        state = _remembered(norms, state)
+        filled, total = _filled(state)
+        means = jnp.sum(state.last_norms, axis=0, where=filled) / total
+        errors = state.last_norms - means[None]
+        squares = jnp.sum(errors**2, axis=0, where=filled)
+        return means, squares / total, state
+
+    return _Moments(init, update)
+
+
+def _rule(
+    moments: _Moments, num_std: ArrayLike, warmup_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params, extra_args
+        means, variances, state = moments.update(updates, state)
+        limits = means + jnp.asarray(num_std, means.dtype) * jnp.sqrt(variances)
+        return jnp.where(state.seen_count < warmup_steps, jnp.inf, limits), state
+
+    init_fn: Any = moments.init
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _remembered(norms: jax.Array, state: WindowState) -> WindowState:
+    """Returns the window with the newest norms in place of the oldest."""
+    count, size = state.seen_count, state.last_norms.shape[0]
+    newest = _places(state) == (count % size)[None]
+    return WindowState(
+        jnp.asarray(optax.safe_increment(count)),
+        jnp.where(newest, norms[None], state.last_norms),
+    )
+
+
+def _filled(state: WindowState) -> tuple[jax.Array, jax.Array]:
+    """Returns which places of the window hold norms, and how many."""
+    total = jnp.minimum(state.seen_count, state.last_norms.shape[0])
+    return _places(state) < total[None], total
+
+
+def _places(state: WindowState) -> jax.Array:
+    ring = state.last_norms
+    return jnp.arange(ring.shape[0]).reshape((-1,) + (1,) * (ring.ndim - 1))
+
+
+def _check_memory(decay: Any, window: Any, warmup_steps: Any) -> None:
+    if (decay is None) == (window is None):
+        raise ValueError(
+            "Expected one of `decay` and `window`, how a rule forgets, got"
+            f" decay={decay!r}, window={window!r}."
+        )
+    if decay is not None and not (isinstance(decay, float | int) and 0 <= decay < 1):
+        raise ValueError(f"Expected 0 <= decay < 1, a number, got {decay!r}.")
+    if window is not None and not (isinstance(window, int) and window >= 2):
+        raise ValueError(f"Expected window >= 2, an int, got {window!r}.")
+    if not isinstance(warmup_steps, int) or warmup_steps < 0:
+        raise ValueError(f"Expected warmup_steps >= 0, an int, got {warmup_steps!r}.")

@@ -251,6 +251,37 @@ def test_over_axes_takes_a_norm_to_look_at():
     np.testing.assert_allclose(norm, oc.global_norm(updates), rtol=1e-6)
 
 
+def test_the_spec_of_the_smallest_subtree_holds():
+    updates = {"mlp/out": {"w": jnp.arange(8.0)}, "mlp": {"w": jnp.ones(8)}}  # as Haiku
+    specs = {"mlp": P("data"), "mlp/out": P()}
+    mapped = jax.shard_map(
+        oc.over_axes(oc.global_norm, specs),
+        mesh=grid(),
+        in_specs=({"mlp": {"w": P("data")}, "mlp/out": {"w": P()}},),
+        out_specs=P(),
+        check_vma=False,
+    )
+    np.testing.assert_allclose(
+        jax.jit(mapped)(updates), oc.global_norm(updates), rtol=1e-6
+    )
+
+
+def test_traces_are_not_shared_between_specs():
+    norm = jax.jit(oc.global_norm)
+    found = []
+    for spec in P("data"), P():
+        mapped = jax.shard_map(
+            oc.over_axes(norm, {"w": spec}),
+            mesh=grid(),
+            in_specs=({"w": spec},),
+            out_specs=P(),
+            check_vma=False,
+        )
+        length = 8 if spec == P("data") else 2  # two elements on every device
+        found.append(float(jax.jit(mapped)({"w": jnp.ones(length)})))
+    np.testing.assert_allclose(found, [8**0.5, 2**0.5], rtol=1e-6)
+
+
 # --------------------------------------------------------------------------------------
 # pmap
 # --------------------------------------------------------------------------------------
@@ -341,7 +372,7 @@ def test_a_tied_leaf_counts_once_and_is_scaled_like_the_rest():
 
 def test_leaves_that_do_not_count_may_be_named_by_several_patterns():
     updates, _ = case()
-    norm = norms.excluding(norms.leaf_norms, ("bias", "head"))
+    norm = norms.excluding(norms.leaf_norms, ("*/bias", "dense/bias", "head"))
     found = norm(updates)
     assert (found["dense"]["bias"], found["head"]["kernel"]) == (0, 0)
     assert found["dense"]["kernel"] == norms.leaf_norms(updates)["dense"]["kernel"]
@@ -440,6 +471,18 @@ def test_a_spec_that_does_not_fit_raises(spec):
         inside(lambda u, p: clip.update(u, None)[0], check_vma=False)
 
 
+def test_a_spec_that_constrains_nothing_raises():
+    clip = oc.over_axes(oc.clip_by_global_norm(1.0), P(P.UNCONSTRAINED))
+    with pytest.raises(ValueError, match="Expected a spec for the shape"):
+        inside(lambda u, p: clip.update(u, None)[0], check_vma=False)
+
+
+def test_a_leaf_that_differs_over_fewer_axes_than_its_spec_raises():
+    clip = oc.over_axes(oc.clip_by_global_norm(1.0), P("data"))
+    with pytest.raises(ValueError, match=r"'dense/bias' to be split as its spec says"):
+        inside(lambda u, p: clip.update(u, None)[0], LAYOUTS["replicated"])
+
+
 def test_a_leaf_that_differs_over_more_axes_than_its_spec_raises():
     clip = oc.over_axes(oc.clip_by_global_norm(1.0), P())
     with pytest.raises(
@@ -453,8 +496,10 @@ def test_over_axes_raises_for_what_is_not_a_spec_or_not_a_clip():
         TypeError, match=r"tree of jax.sharding.PartitionSpec, got 'data'"
     ):
         oc.over_axes(oc.clip(1.0), {"w": "data"})
-    with pytest.raises(TypeError, match=r"`over_axes\(clip, specs\)`, got 3"):
+    with pytest.raises(TypeError, match=r"specs\)`, got 3 of type int"):
         oc.over_axes(3, P())
+    with pytest.raises(TypeError, match=r"such as `over_axes\(clip_by_global_norm"):
+        oc.over_axes(oc.clip_by_global_norm, P())(1.0)
 
 
 def test_a_norm_of_ones_own_that_forgets_other_devices_raises():
@@ -472,5 +517,7 @@ def test_a_norm_of_ones_own_needs_types_where_leaves_are_split():
 def test_leaves_that_do_not_count_have_to_exist():
     with pytest.raises(ValueError, match=r"`exclude`.*'tail' matches none"):
         norms.excluding(oc.global_norm, "tail")(case()[0])
+    with pytest.raises(TypeError, match="`exclude` to be a path pattern or several"):
+        oc.norms.excluding(oc.global_norm, 3)
     with pytest.raises(TypeError, match=r"`excluding\(norm, exclude\)`, got norm=2"):
         oc.norms.excluding(2, "head")

@@ -632,6 +632,23 @@ def test_a_traced_nan_threshold_makes_its_scope_nan():
 # Every norm with every threshold
 # --------------------------------------------------------------------------------------
 
+
+def at_least_a_tenth(norms, max_norms):
+    return jnp.maximum(0.1, max_norms / norms)
+
+
+def root_of_rescale(norms, max_norms):
+    return jnp.sqrt(factors.rescale(norms, max_norms))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e20, 1e30, 1e37])
+def test_a_factor_of_ones_own_is_not_taken_for_a_ratio(size):
+    update = jnp.array([0.6, 0.8]) * size
+    for factor, right in (at_least_a_tenth, 0.1), (root_of_rescale, size**-0.5):
+        clipped, _ = oc.clip_by(norms.global_norm, 1.0, factor).update(update, None)
+        np.testing.assert_allclose(clipped, update * right, rtol=1e-5)
+
+
 EVERY_FACTOR = {
     "rescale": (factors.rescale, helpers.np_rescale),
     "normalize": (factors.normalize, helpers.np_normalize),
@@ -644,7 +661,8 @@ def test_every_norm_meets_every_threshold(factor):
     """Factors down to 1e-75, which no float32 holds, of norms from 1e-37 to 1e38."""
     ours, reference = EVERY_FACTOR[factor]
     sizes = np.array([1e-37, 1e-30, 1e-25, 1e-20, 1e-9, 1, 1e9, 1e20, 1e30, 1e38])
-    limits = np.array([1e-37, 1e-30, 1e-25, 1e-18, 1e-9, 1, 1e9, 1e18, 1e30])
+    limits = np.array([1e-37, 1e-30, 1e-25, 1e-18, 1e-9, 1, 1e9, 1e18, 1e30, np.inf])
+    limits = limits[: None if factor == "rescale" else -1]
     direction = np.array([0.6, -0.48, 0.64])
 
     def clipped(size, limit):

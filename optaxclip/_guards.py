@@ -1,0 +1,482 @@
+"""Steps that must not happen: wrappers that leave everything as it was.
+
+A zeroed gradient is no remedy for a bad one: the moments of Adam would still move, and
+so would what has momentum. A guard skips the whole step, by selection: 0 times NaN is
+NaN.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import (
+    _checks,
+    _formulas,
+    _leaves,
+    _limits,
+    _mesh,
+    _scopes,
+    _splits,
+    norms,
+    thresholds,
+)
+from optaxclip._engine import Threshold
+
+
+class GuardState(NamedTuple):
+    """State of a guard; read it with :func:`optaxclip.summary`.
+
+    Attributes:
+      guarded_state: state of the guarded transformation.
+      step_count: steps seen, int32.
+      skipped_count: steps skipped, int32.
+      consecutive_count: steps in a row, up to now, that the guard objected to, int32.
+      last_skipped_step: the last step skipped, counted from 0, int32; -1 if none.
+      culprits: which norms the guard objected to then, booleans, one entry per scope as
+        in :class:`ClipState`; none of them where it was the loss.
+      alarm: whether the guard has objected to as many steps in a row as it was told.
+      rule_state: state of the threshold, ``optax.EmptyState()`` if it has none.
+    """
+
+    guarded_state: Any
+    step_count: jax.Array
+    skipped_count: jax.Array
+    consecutive_count: jax.Array
+    last_skipped_step: jax.Array
+    culprits: jax.Array
+    alarm: jax.Array
+    rule_state: Any
+
+
+# A rule has no state of its own: one serves all guards.
+_SIX_SIGMA = thresholds.mean_plus_std(6.0, window=128, warmup_steps=64)
+
+
+class _Verdict(NamedTuple):
+    """What a guard says of a step."""
+
+    culprits: jax.Array  # of the norms, those objected to
+    is_bad: jax.Array  # whether there are any, or the loss is one
+    is_finite: jax.Array
+    rule_state: Any
+
+
+def skip_if_nonfinite(
+    inner: optax.GradientTransformation, max_consecutive: int = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Skips the steps whose updates have a NaN or an infinity, for ever.
+
+    A skipped step leaves no trace: the parameters and the state of ``inner``, with all
+    of its moments, counts and histories, keep their bits. Wrap the whole optimizer, and
+    the clip with it:
+
+    .. code-block:: python
+
+      optimizer = optaxclip.skip_if_nonfinite(
+          optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adamw(1e-3))
+      )
+
+    If nothing finite comes any more, nothing is learnt any more either: then there is
+    an alarm, on which the training loop decides. A NaN is never let through, as
+    ``optax.apply_if_finite`` does in the end.
+
+    .. code-block:: python
+
+      if optaxclip.summary(opt_state)["guard/alarm"]:
+          params, opt_state = restore_last_checkpoint()  # and lower the rate, or stop
+
+    Guarantees:
+      * Updates of a skipped step are -0.0, which added to a parameter changes no bit.
+      * What is finite passes, also where squares overflow. The check is the norm of
+        each leaf, most of which a clip inside computes anyway.
+      * All devices of a mesh decide alike.
+
+    Args:
+      inner: optimizer, or a part of one. Around ``optax.MultiSteps`` a bad micro-batch
+        does not get into the accumulator; inside of it, it is there already.
+      max_consecutive: steps skipped in a row that raise the alarm.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
+      If a loss is passed, ``update(..., value=loss)``, it has to be finite as well.
+
+    Raises:
+      TypeError: ``inner`` is not a transformation.
+      ValueError: ``max_consecutive`` is below 1; and what ``inner`` raises.
+
+    Examples:
+      >>> tx = optaxclip.skip_if_nonfinite(optax.adam(0.1))
+      >>> params = {"a": jnp.array([1.0]), "b": jnp.array([2.0])}
+      >>> state = tx.init(params)
+      >>> grads = {"a": jnp.array([0.5]), "b": jnp.array([jnp.nan])}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> print(optax.apply_updates(params, updates)["a"])
+      [1.]
+      >>> for name, value in optaxclip.summary(state, params).items():
+      ...     print(f"{name:23} {value}")
+      guard/skipped_count     1
+      guard/skipped_fraction  1.0
+      guard/consecutive_count 1
+      guard/alarm             False
+      guard/last_skipped_step 0
+      guard/culprit           1
+      guard/culprit/b         0
+    """
+
+    def judge(
+        leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
+    ) -> _Verdict:
+        del params
+        finite = jnp.isfinite(_scopes.measure(_formulas.leaf_norms, leaves).norms)
+        is_finite = jnp.all(finite)
+        if extra_args.get("value") is not None:
+            is_finite &= _is_finite_everywhere(extra_args["value"])
+        return _Verdict(~finite, ~is_finite, is_finite, state.rule_state)
+
+    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
+        return _scopes.zeros(_formulas.leaf_norms, leaves).norms, optax.EmptyState()
+
+    return _guard(inner, max_consecutive, init_rule, judge)
+
+
+def skip_if_spike(
+    inner: optax.GradientTransformation,
+    norm: _scopes.Norm | None = norms.global_norm,
+    threshold: Threshold = _SIX_SIGMA,
+    max_consecutive: int = 10,
+) -> optax.GradientTransformationExtraArgs:
+    """Skips the steps whose norm, or loss, is above a threshold, or not finite.
+
+    For the spikes that clipping is not enough for. The default is OLMo's: 6 standard
+    deviations above the mean of the last 128 steps that were taken, from step 64 on;
+    there it watches norm and loss, by one guard around the other.
+
+    Guarantees:
+      * A skipped step leaves no trace, as in :func:`skip_if_nonfinite`; it does not
+        enter the history of the threshold either. What enters are norms of steps that
+        were taken, as they came.
+      * A spike does not raise its own threshold: a rule is asked before it sees the
+        norm of this step, and the first step always passes.
+      * What has come to stay is accepted. After ``max_consecutive`` skips in a row
+        finite steps are taken, and enter the history, until one is below the
+        threshold: so a guard can't stop training for ever. What is not finite is never
+        accepted.
+
+    Args:
+      inner: optimizer, or a part of one.
+      norm: how to measure; a step is skipped if any scope is above its threshold. None
+        watches the loss instead, passed as ``update(..., value=loss)``.
+      threshold: largest norm that is taken: a number, a schedule, a rule or a mapping,
+        as in :func:`clip_by`.
+      max_consecutive: steps skipped in a row before one is accepted, and that raise the
+        alarm.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
+
+    Raises:
+      TypeError: ``inner`` is not a transformation, or another argument of a wrong type.
+      ValueError: ``max_consecutive`` is below 1, or what :func:`clip_by` raises; when
+        tracing, no loss where it is watched, or one that differs between devices.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.mean_plus_std(6.0, window=128, warmup_steps=3)
+      >>> tx = optaxclip.skip_if_spike(optax.sgd(1.0), threshold=rule)
+      >>> params = jnp.array([0.0])
+      >>> state = tx.init(params)
+      >>> for grad in 1.0, 2.0, 1.0, 1000.0, 1.0:
+      ...     updates, state = tx.update(jnp.array([grad]), state, params)
+      ...     print(updates)
+      [-1.]
+      [-2.]
+      [-1.]
+      [-0.]
+      [-1.]
+
+    References:
+      OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2025
+    """
+    _checks.threshold(threshold, "threshold")
+    formula = None if norm is None else norms.formula(_checks.function(norm, "norm"))
+    limit = _by_the_past(threshold)
+
+    def measure(leaves: _leaves.Leaves, extra_args: Any) -> _scopes.Measured:
+        if formula is not None:
+            return _scopes.measure(formula, leaves)
+        return _scopes.single(_loss(extra_args), leaves.dtype)
+
+    def judge(
+        leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
+    ) -> _Verdict:
+        measured = _whole(measure(leaves, extra_args))
+        count, past = state.step_count, state.rule_state
+        limits, rule_state = _limits.update(
+            limit, measured, count, past, leaves, params, extra_args
+        )
+        finite = jnp.isfinite(measured.norms)
+        culprits = ~(finite & (measured.sizes() <= limits))
+        return _Verdict(culprits, jnp.any(culprits), jnp.all(finite), rule_state)
+
+    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
+        if formula is None:
+            zeros = _scopes.single(jnp.zeros(()), leaves.dtype)
+        else:
+            zeros = _whole(_scopes.zeros(formula, leaves))
+        return zeros.norms, _limits.init(limit, zeros, leaves)
+
+    return _guard(inner, max_consecutive, init_rule, judge)
+
+
+class ZeroNonfiniteState(NamedTuple):
+    """State of :func:`zero_nonfinite`.
+
+    Attributes:
+      step_count: steps seen, int32.
+      zeroed_step_count: steps with something to zero, int32.
+      zeroed_elements: elements zeroed at the last step, float32.
+    """
+
+    step_count: jax.Array
+    zeroed_step_count: jax.Array
+    zeroed_elements: jax.Array
+
+
+def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
+    """Replaces every NaN and infinity by 0, and counts them.
+
+    ``optax.zero_nans`` lets infinities pass. To zero what is broken hides where it
+    comes from, and the rest of the gradient may point anywhere:
+    :func:`skip_if_nonfinite` is the safer remedy.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`ZeroNonfiniteState`.
+
+    Examples:
+      >>> tx = optaxclip.zero_nonfinite()
+      >>> grads = jnp.array([1.0, jnp.nan, -jnp.inf])
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> print(updates, state.zeroed_elements)
+      [1. 0. 0.] 2.0
+    """
+
+    def init_fn(params: Any) -> ZeroNonfiniteState:
+        del params
+        zero = jnp.zeros((), jnp.int32)
+        return ZeroNonfiniteState(zero, zero, jnp.zeros((), jnp.float32))
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ZeroNonfiniteState]:
+        del extra_args
+        _checks.state(state, ZeroNonfiniteState)
+        leaves = _leaves.flatten(updates)
+        _splits.check_summed(leaves, params)
+        counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
+        finite = [jnp.isfinite(x) for x in counted]
+        kept = [jnp.where(ok, x, 0) for ok, x in zip(finite, counted, strict=True)]
+        broken = leaves.tree([(~ok).astype(jnp.float32) for ok in finite])
+        count = _formulas.global_norm(broken, _splits.splits(leaves), ord=1).norms
+        steps = optax.safe_increment(state.zeroed_step_count)
+        return leaves.replaced(kept), ZeroNonfiniteState(
+            jnp.asarray(optax.safe_increment(state.step_count)),
+            jnp.where(count > 0, steps, state.zeroed_step_count),
+            count.astype(jnp.float32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def unscale(scale: ArrayLike | None = None) -> optax.GradientTransformationExtraArgs:
+    """Divides the updates by the scale of the loss, before anything else.
+
+    In mixed precision the loss is multiplied by a scale, so that small gradients don't
+    underflow in float16. So are the gradients: a clip would take them for too large.
+
+    Args:
+      scale: what the loss was multiplied by, possibly traced; None takes it from
+        ``update(..., loss_scale=scale)``, for a scale that changes.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` without a state. Its updates are
+      float32 (float64 where they were), for float16 would lose what the scale saved.
+
+    Raises:
+      TypeError, ValueError: a scale that is not a positive number, or none.
+
+    Examples:
+      A scale that halves when a step overflows, and doubles after 1000 that don't.
+
+      >>> optimizer = optax.chain(
+      ...     optaxclip.unscale(),
+      ...     optaxclip.skip_if_nonfinite(
+      ...         optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      ...     ),
+      ... )
+      >>> def step(params, opt_state, scale, x):
+      ...     def scaled_loss(params):
+      ...         return jnp.sum((x * params.astype(jnp.float16)) ** 2) * scale
+      ...
+      ...     grads = jax.grad(scaled_loss)(params)
+      ...     updates, opt_state = optimizer.update(
+      ...         grads, opt_state, params, loss_scale=scale
+      ...     )
+      ...     guard = opt_state[1]
+      ...     bad = guard.consecutive_count > 0
+      ...     good_steps = guard.step_count - 1 - guard.last_skipped_step
+      ...     scale = jnp.where(bad, scale / 2, scale)
+      ...     scale = jnp.where(~bad & (good_steps % 1000 == 0), scale * 2, scale)
+      ...     return optax.apply_updates(params, updates), opt_state, scale
+      >>> params, scale = jnp.ones(2), jnp.float16(2.0**15)
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(3):
+      ...     params, opt_state, scale = step(params, opt_state, scale, jnp.float16(1))
+      ...     print(f"{params[0]:.4f} {scale:.0f}")
+      1.0000 16384
+      0.9293 16384
+      0.8586 16384
+
+    References:
+      Micikevicius et al., `Mixed Precision Training
+      <https://arxiv.org/abs/1710.03740>`_, 2017
+    """
+    if scale is not None:
+        _check_scale(scale)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del params
+        now = extra_args.get("loss_scale") if scale is None else scale
+        if now is None:
+            raise ValueError(
+                "Expected the scale of the loss, `unscale(scale)` or"
+                " `update(..., loss_scale=scale)`, got none."
+            )
+        _check_scale(now)
+        leaves = _leaves.flatten(updates)
+        divisor = jnp.asarray(now, leaves.dtype)
+        return leaves.replaced([x / divisor for x in leaves.measured()]), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
+    """Wraps ``inner``, which is undone where the judge objects to a step."""
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            "Expected a guard to wrap a transformation, such as"
+            f" `optax.chain(clip, optax.sgd(0.1))`, got {inner!r}."
+        )
+    if not isinstance(max_consecutive, int) or max_consecutive < 1:
+        raise ValueError(
+            f"Expected max_consecutive >= 1, an int, got {max_consecutive!r}."
+        )
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: Any) -> GuardState:
+        like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
+        zero = jnp.zeros((), jnp.int32)
+        return GuardState(
+            guarded_state=inner.init(params),
+            step_count=zero,
+            skipped_count=zero,
+            consecutive_count=zero,
+            last_skipped_step=zero - 1,
+            culprits=jnp.zeros_like(like, bool),
+            alarm=jnp.zeros((), bool),
+            rule_state=rule_state,
+        )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, GuardState]:
+        _checks.state(state, GuardState)
+        leaves = _leaves.flatten(updates)
+        _splits.check_summed(leaves, params)
+        verdict = judge(leaves, state, params, extra_args)
+        row = jnp.where(
+            verdict.is_bad, optax.safe_increment(state.consecutive_count), 0
+        )
+        is_accepted = verdict.is_finite & (row > max_consecutive)
+        skip = verdict.is_bad & ~is_accepted
+        new_updates, guarded_state = inner.update(
+            updates, state.guarded_state, params, **extra_args
+        )
+
+        def kept(old: Any, new: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
+
+        return kept(jax.tree.map(_nothing, new_updates), new_updates), GuardState(
+            guarded_state=kept(state.guarded_state, guarded_state),
+            step_count=jnp.asarray(optax.safe_increment(state.step_count)),
+            skipped_count=kept(
+                optax.safe_increment(state.skipped_count), state.skipped_count
+            ),
+            consecutive_count=row,
+            last_skipped_step=kept(state.step_count, state.last_skipped_step),
+            culprits=kept(verdict.culprits, state.culprits),
+            alarm=row >= max_consecutive,
+            rule_state=kept(state.rule_state, verdict.rule_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _nothing(update: Any) -> jax.Array:
+    """Returns what added to a parameter leaves its bits as they are: 0.0 does not."""
+    update = jnp.asarray(update)
+    negative = jnp.issubdtype(update.dtype, jnp.inexact)
+    return jnp.full_like(update, -0.0) if negative else jnp.zeros_like(update)
+
+
+def _by_the_past(threshold: Any) -> Any:
+    """Makes rules go by the steps before this one."""
+    if isinstance(threshold, optax.GradientTransformation):
+        return thresholds.lagged(threshold)
+    if isinstance(threshold, dict):
+        return {pattern: _by_the_past(entry) for pattern, entry in threshold.items()}
+    return threshold
+
+
+def _whole(measured: _scopes.Measured) -> _scopes.Measured:
+    if isinstance(measured.norms, _scopes.Units):
+        raise ValueError(
+            "Expected a norm of all leaves, of each leaf or of groups, got one of"
+            " units. Use `norms.leaf_norms`."
+        )
+    return measured
+
+
+def _loss(extra_args: dict[str, Any]) -> jax.Array:
+    value = extra_args.get("value")
+    if value is None:
+        raise ValueError(
+            "Expected the loss, which this guard watches, got none. Call"
+            " `update(updates, state, params, value=loss)`."
+        )
+    value = jnp.asarray(value)
+    axes = _mesh.varying_axes(value)
+    if value.shape != () or axes:
+        raise ValueError(
+            "Expected the loss to be one number, the same on all devices, got shape"
+            f" {value.shape}, different over the mesh axes {sorted(axes)}. Call"
+            " `jax.lax.pmean` on it."
+        )
+    return value
+
+
+def _is_finite_everywhere(value: Any) -> jax.Array:
+    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    return ~_mesh.anywhere(~jnp.all(jnp.isfinite(value)), manual)
+
+
+def _check_scale(scale: Any) -> None:
+    _checks.number(scale, "scale")
+    if isinstance(scale, _checks.STATIC) and scale == 0:
+        raise ValueError("Expected scale > 0, got 0.")

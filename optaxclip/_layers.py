@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from optaxclip import _checks, _cotangents, _paths, _values
 
@@ -18,7 +17,10 @@ Tap = Callable[[str, Any], Any]  # (path of a layer, its output) -> the output
 
 # Of the functions that are running, the outermost first.
 _taps: contextvars.ContextVar[tuple[Tap, ...]] = contextvars.ContextVar("taps")
-_calls = itertools.count()
+_calls = itertools.count(1)
+# Part of the key of all of JAX's caches of traces: none of them may hold the tap of one
+# call for another, or the function without it.
+_call: Any = jax.make_user_context(0)
 
 
 def clip_layer_cotangents(
@@ -99,9 +101,7 @@ def clip_layer_cotangents(
             return output if pattern is None else _clip(output, limits[pattern], path)
 
         with (
-            # Part of the key of JAX's caches of traces: none of them may hold this tap
-            # for a later call, or the function without it for this one.
-            set_xla_metadata(optaxclip_call=str(next(_calls))),
+            _call(next(_calls)),
             _linen_layers(tap),
             _nnx_layers((fun, args, kwargs), tap),
         ):

@@ -127,6 +127,15 @@ def per_example_clipped_grad(
       >>> noised, _ = privatizer.update(grads, privatizer.init(grads))
       >>> mean = jax.tree.map(lambda g: g / 3, noised)
 
+      With JAX-Privacy, whose noise takes the bound for a sensitivity, and which knows
+      what that amounts to:
+
+      .. code-block:: python
+
+        privatizer = jax_privacy.noise_addition.gaussian_privatizer(
+            stddev=noise_multiplier * max_norm, prng_key=key
+        )
+
     References:
       Abadi et al., `Deep Learning with Differential Privacy
       <https://arxiv.org/abs/1607.00133>`_, 2016; McMahan et al., `Learning

@@ -185,6 +185,28 @@ def test_gradients_of_sharded_params_inside_shard_map():
     assert state.factors < 0.5
 
 
+@pytest.mark.parametrize("name", ["global_norm", "layer_norm", "agc"])
+def test_shard_map_over_some_axes_only(name):
+    """The compiler sees to the others."""
+    own = {"dense": {"bias": P(), "kernel": P("data")}, "head": {"kernel": P()}}
+    clip, mesh = oc.over_axes(helpers.clips[name](), LAYOUTS["mixed"]), grid()
+    if name != "agc":
+        clip = helpers.clips[name]()  # types tell
+    mapped = jax.shard_map(
+        lambda u, p: first_step(clip, u, p)[0],
+        mesh=mesh,
+        in_specs=(own, own),
+        out_specs=own,
+        axis_names={"data"},
+    )
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), LAYOUTS["mixed"], is_leaf=is_spec
+    )
+    updates, params = case()
+    found = jax.jit(mapped)(*jax.device_put((updates, params), (shardings, shardings)))
+    helpers.assert_close(found, first_step(helpers.clips[name](), updates, params)[0])
+
+
 def test_inside_scan_the_state_of_units_is_a_valid_carry():
     specs, mesh = LAYOUTS["mixed"], grid()
     clip = oc.over_axes(oc.adaptive_grad_clip(0.1), specs)

@@ -1,5 +1,6 @@
 """Errors about arguments, in one phrasing: what was expected, what came, what to do."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,12 +45,12 @@ def number(
             )
 
 
-def threshold(value: Any, what: str) -> None:
+def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
     """Raises unless ``value`` is a number, a schedule, a rule or maps to those."""
     if isinstance(value, Mapping):
-        mapping(value, what, threshold)
+        mapping(value, what, functools.partial(threshold, minimum=minimum))
     elif not isinstance(value, optax.GradientTransformation) and not callable(value):
-        number(value, what, kinds=THRESHOLD)
+        number(value, what, minimum, kinds=THRESHOLD)
 
 
 def mapping(

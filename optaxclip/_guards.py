@@ -5,6 +5,7 @@ so would what has momentum. A guard skips the whole step, by selection: 0 times 
 NaN.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ class GuardState(NamedTuple):
       step_count: steps seen, int32.
       skipped_count: steps skipped, int32.
       consecutive_count: steps in a row, up to now, that the guard objected to, int32.
+      finite_count: those of them that were finite, int32.
       last_skipped_step: the last step skipped, counted from 0, int32; -1 if none.
       culprits: which norms the guard objected to then, booleans, one entry per scope as
         in :class:`ClipState`; none of them where it was the loss.
@@ -45,6 +47,7 @@ class GuardState(NamedTuple):
     step_count: jax.Array
     skipped_count: jax.Array
     consecutive_count: jax.Array
+    finite_count: jax.Array
     last_skipped_step: jax.Array
     culprits: jax.Array
     alarm: jax.Array
@@ -96,7 +99,8 @@ def skip_if_nonfinite(
 
     Args:
       inner: optimizer, or a part of one. Around ``optax.MultiSteps`` a bad micro-batch
-        does not get into the accumulator; inside of it, it is there already.
+        does not get into the accumulator; inside of it, it is there already, and stays,
+        for Optax multiplies it by 0: from then on every step is skipped.
       max_consecutive: steps skipped in a row that raise the alarm.
 
     Returns:
@@ -148,9 +152,10 @@ def skip_if_spike(
     threshold: Threshold = _SIX_SIGMA,
     max_consecutive: int = 10,
 ) -> optax.GradientTransformationExtraArgs:
-    """Skips the steps whose norm, or loss, is above a threshold, or not finite.
+    """Skips the steps whose norm is above a threshold, or not finite.
 
-    For the spikes that clipping is not enough for. The default is OLMo's: 6 standard
+    Or those whose loss is, with ``norm=None``; then the norm is not looked at. For the
+    spikes that clipping is not enough for. The default is OLMo's: 6 standard
     deviations above the mean of the last 128 steps that were taken, from step 64 on;
     there it watches norm and loss, by one guard around the other.
 
@@ -160,19 +165,20 @@ def skip_if_spike(
         were taken, as they came.
       * A spike does not raise its own threshold: a rule is asked before it sees the
         norm of this step, and the first step always passes.
-      * What has come to stay is accepted. After ``max_consecutive`` skips in a row
-        finite steps are taken, and enter the history, until one is below the
-        threshold: so a guard can't stop training for ever. What is not finite is never
-        accepted.
+      * What has come to stay is accepted. After ``max_consecutive`` skips of finite
+        steps in a row such steps are taken, and enter the history, until one is below
+        the threshold: so a guard can't stop training for ever. What is not finite is
+        never accepted, and doesn't count for this.
 
     Args:
       inner: optimizer, or a part of one.
       norm: how to measure; a step is skipped if any scope is above its threshold. None
         watches the loss instead, passed as ``update(..., value=loss)``.
       threshold: largest norm that is taken: a number, a schedule, a rule or a mapping,
-        as in :func:`clip_by`.
+        as in :func:`clip_by`. Rules are asked by way of :func:`thresholds.lagged`:
+        give them as they are. Schedules count the skipped steps, too.
       max_consecutive: steps skipped in a row before one is accepted, and that raise the
-        alarm.
+        alarm; a loop that goes back to a checkpoint then never sees one accepted.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
@@ -199,7 +205,8 @@ def skip_if_spike(
     References:
       OLMo Team, `2 OLMo 2 Furious <https://arxiv.org/abs/2501.00656>`_, 2025
     """
-    _checks.threshold(threshold, "threshold")
+    lowest = 0.0 if norm is not None else -jnp.inf  # losses may be negative
+    _checks.threshold(threshold, "threshold", lowest)
     formula = None if norm is None else norms.formula(_checks.function(norm, "norm"))
     limit = _by_the_past(threshold)
 
@@ -217,8 +224,9 @@ def skip_if_spike(
             limit, measured, count, past, leaves, params, extra_args
         )
         finite = jnp.isfinite(measured.norms)
-        culprits = ~(finite & (measured.sizes() <= limits))
-        return _Verdict(culprits, jnp.any(culprits), jnp.all(finite), rule_state)
+        bad = ~(finite & (measured.sizes() <= limits))
+        culprits = jnp.zeros_like(bad) if formula is None else bad
+        return _Verdict(culprits, jnp.any(bad), jnp.all(finite), rule_state)
 
     def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
         if formula is None:
@@ -265,14 +273,17 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params: Any) -> ZeroNonfiniteState:
         del params
-        zero = jnp.zeros((), jnp.int32)
-        return ZeroNonfiniteState(zero, zero, jnp.zeros((), jnp.float32))
+        return ZeroNonfiniteState(
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.float32),
+        )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ZeroNonfiniteState]:
         del extra_args
-        _checks.state(state, ZeroNonfiniteState)
+        _check_state(state, ZeroNonfiniteState)
         leaves = _leaves.flatten(updates)
         _splits.check_summed(leaves, params)
         counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
@@ -381,13 +392,14 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
 
     def init_fn(params: Any) -> GuardState:
         like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
-        zero = jnp.zeros((), jnp.int32)
+        # No two of them the same array, which could not be donated.
         return GuardState(
             guarded_state=inner.init(params),
-            step_count=zero,
-            skipped_count=zero,
-            consecutive_count=zero,
-            last_skipped_step=zero - 1,
+            step_count=jnp.zeros((), jnp.int32),
+            skipped_count=jnp.zeros((), jnp.int32),
+            consecutive_count=jnp.zeros((), jnp.int32),
+            finite_count=jnp.zeros((), jnp.int32),
+            last_skipped_step=jnp.full((), -1, jnp.int32),
             culprits=jnp.zeros_like(like, bool),
             alarm=jnp.zeros((), bool),
             rule_state=rule_state,
@@ -396,14 +408,17 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
-        _checks.state(state, GuardState)
+        _check_state(state, GuardState)
         leaves = _leaves.flatten(updates)
         _splits.check_summed(leaves, params)
         verdict = judge(leaves, state, params, extra_args)
         row = jnp.where(
             verdict.is_bad, optax.safe_increment(state.consecutive_count), 0
         )
-        is_accepted = verdict.is_finite & (row > max_consecutive)
+        finite_row = jnp.where(
+            verdict.is_bad, state.finite_count + verdict.is_finite.astype(jnp.int32), 0
+        )
+        is_accepted = verdict.is_finite & (finite_row > max_consecutive)
         skip = verdict.is_bad & ~is_accepted
         new_updates, guarded_state = inner.update(
             updates, state.guarded_state, params, **extra_args
@@ -419,6 +434,7 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
                 optax.safe_increment(state.skipped_count), state.skipped_count
             ),
             consecutive_count=row,
+            finite_count=finite_row,
             last_skipped_step=kept(state.step_count, state.last_skipped_step),
             culprits=kept(verdict.culprits, state.culprits),
             alarm=row >= max_consecutive,
@@ -426,6 +442,15 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_state(state: Any, kind: type) -> None:
+    _checks.state(state, kind)
+    if state is None:
+        raise ValueError(
+            f"Expected a state of type {kind.__name__}, got None. Call `state ="
+            " tx.init(params)` once and pass the state along."
+        )
 
 
 def _nothing(update: Any) -> jax.Array:
@@ -439,7 +464,7 @@ def _by_the_past(threshold: Any) -> Any:
     """Makes rules go by the steps before this one."""
     if isinstance(threshold, optax.GradientTransformation):
         return thresholds.lagged(threshold)
-    if isinstance(threshold, dict):
+    if isinstance(threshold, Mapping):
         return {pattern: _by_the_past(entry) for pattern, entry in threshold.items()}
     return threshold
 
@@ -477,6 +502,6 @@ def _is_finite_everywhere(value: Any) -> jax.Array:
 
 
 def _check_scale(scale: Any) -> None:
-    _checks.number(scale, "scale")
-    if isinstance(scale, _checks.STATIC) and scale == 0:
-        raise ValueError("Expected scale > 0, got 0.")
+    _checks.number(scale, "scale", minimum=-jnp.inf)
+    if isinstance(scale, _checks.STATIC) and not 0 < float(scale) < jnp.inf:
+        raise ValueError(f"Expected scale > 0, and finite, got {scale}.")

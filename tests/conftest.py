@@ -25,9 +25,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# Their tests share a run of an example, which takes as long as a hundred other tests.
+# The first tests go to one worker in one piece, so that it runs once.
+WHOLE_RUNS = ("char_lstm", "lstm_handwriting", "sharded_transformer", "survive")
+
+
 def pytest_collection_modifyitems(items):
     """Tests of one clip and dtype follow each other: they share compiled steps."""
     modules = list(dict.fromkeys(item.path for item in items))
+    modules.sort(key=lambda path: not any(name in path.name for name in WHOLE_RUNS))
 
     def order(item):
         params = getattr(item, "callspec", None)

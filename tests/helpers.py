@@ -479,6 +479,30 @@ TABLE: dict[str, Row] = {
         ),
         unclipped,
     ),
+    "mean_plus_std": Row(
+        lambda t=1.0: oc.clip_by(
+            norms.group_norms(),
+            thresholds.lagged(
+                optax.chain(
+                    thresholds.mean_plus_std(1.0, decay=0.9), optax.scale(0.5 * t)
+                )
+            ),
+        ),
+        by_label(layer, constant(np.inf)),
+    ),
+    "window_percentile": Row(
+        lambda t=1.0: oc.clip_by(
+            norms.leaf_norms,
+            optax.chain(thresholds.window_percentile(50.0, 4), optax.scale(0.5 * t)),
+        ),
+        by_label(each_leaf, lambda _, norm, params: 0.5 * norm),
+    ),
+    "streaming_quantile": Row(
+        lambda t=1.0: oc.clip_by(
+            norms.global_norm, thresholds.streaming_quantile(0.5, 0.2, initial=1.0 * t)
+        ),
+        by_label(every_leaf_together, constant(1.0)),
+    ),
     "mapping_of_rules": Row(
         lambda t=1.0: oc.clip_by(
             norms.leaf_norms,

@@ -44,6 +44,7 @@ NOT_ZERO_AT_ONCE = {
     "lagged_global": "the first step has no history, so it allows everything",
     "lagged_leaf": "the first step has no history, so it allows everything",
     "clipped_history": "the first step has no history, so it allows everything",
+    "mean_plus_std": "the first step has no history, so it allows everything",
     "mapping_of_rules": "the first step of its rule has no history",
     "agc_excluding": "an excluded leaf is never clipped",
 }

@@ -115,6 +115,9 @@ NEEDS_STATE = {
     "lagged_global",
     "lagged_leaf",
     "clipped_history",
+    "mean_plus_std",
+    "window_percentile",
+    "streaming_quantile",
     "mapping_of_rules",
 }
 

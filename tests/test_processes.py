@@ -2,8 +2,8 @@
 
 Two real processes of four virtual devices each talk by Gloo, as two machines would.
 They run the clips of the table whose ways through the code differ: value, global_norm,
-global_norm_ord_3, leaf_norm, layer_norm, group_norm_mapping, block_rms, agc,
-relative_to_params and lagged_leaf. The whole table runs in `test_meshes.py`, in one.
+global_norm_ord_3, layer_norm, agc and lagged_leaf. The whole table runs in
+`test_meshes.py`, in one.
 """
 
 import contextlib

@@ -142,8 +142,16 @@ def test_specs_stand_in_for_types(name):
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("setting", ["shard_map", "shard_map_without_types"])
-@pytest.mark.parametrize("name", ["global_norm", "layer_norm", "block_rms", "agc"])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("global_norm", "shard_map"),
+        ("global_norm", "shard_map_without_types"),
+        ("layer_norm", "shard_map"),
+        ("block_rms", "shard_map_without_types"),
+        ("agc", "shard_map"),
+    ],
+)
 def test_every_layout(name, setting, layout):
     check(name, setting, layout)
 

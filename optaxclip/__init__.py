@@ -24,9 +24,11 @@ from optaxclip._example_clips import (
 )
 from optaxclip._guards import (
     GuardState as GuardState,
-    ZeroNonfiniteState as ZeroNonfiniteState,
     skip_if_nonfinite as skip_if_nonfinite,
     skip_if_spike as skip_if_spike,
+)
+from optaxclip._inputs import (
+    ZeroNonfiniteState as ZeroNonfiniteState,
     unscale as unscale,
     zero_nonfinite as zero_nonfinite,
 )

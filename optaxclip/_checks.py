@@ -79,6 +79,16 @@ def state(value: Any, kind: type) -> None:
         )
 
 
+def needed_state(value: Any, kind: type) -> None:
+    """Raises unless ``value`` is the state of this kind, which is never left out."""
+    state(value, kind)
+    if value is None:
+        raise ValueError(
+            f"Expected a state of type {kind.__name__}, got None. Call `state ="
+            " tx.init(params)` once and pass the state along."
+        )
+
+
 def function(value: Any, what: str) -> Any:
     """Returns ``value`` if it can be called, and raises otherwise."""
     if not callable(value):

@@ -300,7 +300,7 @@ def watched(rule: optax.GradientTransformation) -> optax.GradientTransformation:
         clipped, rule_state = rule.update(updates, state.rule_state, params)
         differ = jax.tree.map(lambda x, y: jnp.any(x != y), updates, clipped)
         changed = jnp.stack(jax.tree.leaves(differ)).any()
-        sizes = map(optaxclip.global_norm, (updates, clipped))
+        sizes = map(optax.tree.norm, (updates, clipped))
         return clipped, WatchedState(rule_state, *sizes, changed)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -609,7 +609,8 @@ def short(value: float) -> str:
 
 def quartiles(values) -> np.ndarray:
     """Takes quartiles of numbers of which some may be infinite."""
-    result = np.percentile(np.minimum(values, 1e300), (25, 50, 75))
+    values = np.minimum(np.asarray(values, np.float64), 1e300)
+    result = np.percentile(values, (25, 50, 75))
     return np.where(result < 1e100, result, np.inf)
 
 
@@ -788,13 +789,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="some of the tasks")
     add("--rules", nargs="+", choices=RULES, metavar="RULE", help="some of the rules")
     add("--seeds", type=whole_number, help="runs per rule (default 8)")
-    add("--steps", type=whole_number, help="steps per run (default 400)")
+    add("--steps", type=whole_number, help="steps per run (default 300)")
     add("--out", type=Path, default=Path("figures"), help="folder of the figures")
     quick = "two tasks, four rules, 2 seeds and 120 steps unless said otherwise"
     add("--quick", action="store_true", help=quick)
     options = parser.parse_args(arguments)
     options.seeds = options.seeds or (2 if options.quick else 8)
-    options.steps = options.steps or (SHORTEST if options.quick else 400)
+    options.steps = options.steps or (SHORTEST if options.quick else 300)
     if options.steps < SHORTEST:
         parser.error(
             f"argument --steps: expected at least {SHORTEST}, for all the faults to"

@@ -1,0 +1,507 @@
+"""Is there a clip without a threshold to set that is as good as a tuned one?
+
+Run:  python benchmarks/no_knob.py            # all tasks and rules, about 10 minutes
+      python benchmarks/no_knob.py --quick    # does it run? half a minute
+
+Seven small tasks are trained at four learning rates, a decade in all, from 16 seeds.
+Each rule that has nothing to tune is compared with the best of 13 thresholds of
+`clip_by_global_norm`, three to the decade around the norm of the first gradients: the
+one whose median loss on held-out rows is the lowest, chosen after the fact for every
+task and learning rate. Knowing the answer beforehand is an advantage that no rule has,
+and the lowest of 13 noisy medians is lower than it would be on other seeds; so a ratio
+a few percent above 1 is as good as it gets.
+
+A rule would do without a knob if its median final loss were within 5 % of that
+everywhere, and no run diverged. Printed are, for each rule,
+
+  * within: the share of tasks and learning rates where it is;
+  * median and worst: the ratio of the two medians;
+  * diverged: runs that end above the loss they began with, or not finite. Those of the
+    tuned clip are counted in the first line.
+
+The final loss is the mean over the last evaluations; that of the handwriting is the
+perplexity, for a density has no zero to measure from.
+"""
+
+import argparse
+import inspect
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import _timing
+import optaxclip
+from optaxclip import norms, thresholds
+
+Row = dict[str, Any]
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "no_knob.jsonl"
+RATES = np.logspace(0, 1, 4)  # times the lowest learning rate of the task
+MULTIPLES = np.logspace(-3, 1, 13)  # of the norm of the first gradients
+SEGMENT = 5  # steps between two evaluations
+LAST = 4  # evaluations, whose mean is the final loss
+NEAR = 1.05  # times the loss of the tuned clip
+TUNED = "clip_by_global_norm"
+PREDICTED = 100  # rows that no run is trained on
+
+
+# ---- Tasks ---------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """What is learnt, by which optimizer."""
+
+    x: np.ndarray
+    y: np.ndarray
+    test_x: np.ndarray
+    test_y: np.ndarray
+    init: Callable[[jax.Array], Any]  # key -> params
+    loss: Callable[..., jax.Array]  # params, x, y -> loss of a batch
+    moments: Callable[[], optax.GradientTransformation]
+    rate: float  # the lowest learning rate
+    score: Callable[[Any], Any] = lambda loss: loss  # what is compared; above zero
+    steps: int = 300
+    batch_size: int = 16
+
+
+def momentum() -> optax.GradientTransformation:
+    return optax.trace(0.9)
+
+
+def dense(key, inputs: int, outputs: int, gain: float = 2.0) -> dict[str, jax.Array]:
+    kernel = math.sqrt(gain / inputs) * jax.random.normal(key, (inputs, outputs))
+    return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+
+
+def apply_dense(layer, x):
+    return x @ layer["kernel"] + layer["bias"]
+
+
+def init_mlp(key, inputs: int, units: int, outputs: int):
+    keys = jax.random.split(key)
+    return [dense(keys[0], inputs, units), dense(keys[1], units, outputs)]
+
+
+def apply_mlp(params, x):
+    return apply_dense(params[1], jax.nn.relu(apply_dense(params[0], x)))
+
+
+def cross_entropy(scores, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+
+
+def regression() -> Task:
+    """A network on targets that reach from -400 to 400: the textbooks' NaN."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((600, 20))
+    weights = np.where(np.arange(20) < 10, generator.uniform(10, 100, 20), 0.0)
+    x, y = np.float32(x), np.float32(x @ weights)
+
+    def loss(params, x, y):
+        return jnp.mean((apply_mlp(params, x)[:, 0] - y) ** 2)
+
+    init = partial(init_mlp, inputs=20, units=25, outputs=1)
+    return Task(*split(x, y), init, loss, momentum, rate=1e-3)
+
+
+def digits() -> Task:
+    """Classes of noisy patterns, one label in ten wrong."""
+    generator = np.random.default_rng(0)
+    patterns = generator.standard_normal((10, 64))
+    y = generator.integers(10, size=1500)
+    x = np.float32(patterns[y] + 2.0 * generator.standard_normal((1500, 64)))
+    wrong = (generator.uniform(size=1500) < 0.1) & (np.arange(1500) < 1400)
+    y = np.int32(np.where(wrong, generator.integers(10, size=1500), y))
+    init = partial(init_mlp, inputs=64, units=32, outputs=10)
+
+    def loss(params, x, y):
+        return cross_entropy(apply_mlp(params, x), y)
+
+    return Task(*split(x, y), init, loss, momentum, rate=0.02)
+
+
+def logistic() -> Task:
+    """Two classes, features with tails so heavy that they have no variance."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_t(1.5, (1500, 20))
+    y = x @ generator.standard_normal(20) > generator.logistic(size=1500)
+    x, y = np.float32(x), np.float32(y)
+
+    def loss(params, x, y):
+        scores = apply_dense(params, x)[:, 0]
+        return optax.sigmoid_binary_cross_entropy(scores, y).mean()
+
+    init = partial(dense, inputs=20, outputs=1)
+    return Task(*split(x, y), init, loss, momentum, rate=0.01)
+
+
+def factorisation() -> Task:
+    """A matrix of rank 3 from single entries, of which one in fifty is far off."""
+    generator = np.random.default_rng(0)
+    left, right = generator.standard_normal((2, 40, 3))
+    x = generator.integers(40, size=(4000, 2))
+    y = (left @ right.T)[x[:, 0], x[:, 1]]
+    off = (generator.uniform(size=4000) < 0.02) & (np.arange(4000) < 3900)
+    x, y = np.int32(x), np.float32(np.where(off, 100.0 * y, y))
+
+    def init(key):
+        return 0.5 * jax.random.normal(key, (2, 40, 6))
+
+    def loss(params, x, y):
+        products = params[0][x[:, 0]] * params[1][x[:, 1]]
+        return jnp.mean((products.sum(axis=1) - y) ** 2)
+
+    return Task(*split(x, y), init, loss, momentum, rate=0.05, batch_size=64)
+
+
+def adding(length: int = 10, units: int = 16) -> Task:
+    """A plain recurrent network adds the two numbers that are marked."""
+    generator = np.random.default_rng(0)
+    numbers = generator.uniform(size=(3000, length))
+    marks = np.zeros_like(numbers)
+    first = generator.integers(length // 2, size=3000)
+    second = generator.integers(length // 2, length, size=3000)
+    marks[np.arange(3000), first] = marks[np.arange(3000), second] = 1
+    x, y = np.stack([numbers, marks], axis=-1), (numbers * marks).sum(axis=1)
+
+    def init(key):
+        keys = jax.random.split(key)
+        cell = dense(keys[0], 2 + units, units, gain=1.5)
+        return {"cell": cell, "head": dense(keys[1], units, 1, gain=1.0)}
+
+    def loss(params, x, y):
+        def step(h, now):
+            z = apply_dense(params["cell"], jnp.concatenate([now, h], axis=-1))
+            return jnp.tanh(z), None
+
+        start = jnp.zeros((len(x), units))
+        last = jax.lax.scan(step, start, x.swapaxes(0, 1))[0]
+        return jnp.mean((apply_dense(params["head"], last)[:, 0] - y) ** 2)
+
+    parts = split(np.float32(x), np.float32(y))
+    return Task(*parts, init, loss, optax.scale_by_adam, rate=0.005)
+
+
+def handwriting(length: int = 20, units: int = 12) -> Task:
+    """An LSTM predicts the next offset of a pen by two Gaussians, as Graves' does."""
+    generator = np.random.default_rng(0)
+    w1, w2 = generator.uniform(0.15, 0.45, (2, 600, 1))
+    a, b = generator.uniform(0, 2 * np.pi, (2, 600, 1))
+    t = np.arange(length + 2)
+    x = np.sin(w1 * t + a) + 0.5 * np.sign(np.sin(w2 * t + b))
+    offsets = np.diff(np.stack([x, np.cos(w1 * t + a)], axis=-1), axis=1)
+    offsets = np.float32(offsets + 0.01 * generator.standard_normal(offsets.shape))
+
+    def init(key):
+        keys = jax.random.split(key)
+        cell = dense(keys[0], 2 + units, 4 * units, gain=1.0)
+        return {"cell": cell, "head": dense(keys[1], units, 10, gain=1.0)}
+
+    def loss(params, x, y):
+        def step(carry, now):
+            h, c = carry
+            z = apply_dense(params["cell"], jnp.concatenate([now, h], axis=-1))
+            i, f, g, o = jnp.split(z, 4, axis=-1)
+            c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        start = jnp.zeros((len(x), units))
+        states = jax.lax.scan(step, (start, start), x.swapaxes(0, 1))[1]
+        outputs = apply_dense(params["head"], states.swapaxes(0, 1))
+        logits, means, widths = jnp.split(outputs, (2, 6), axis=-1)
+        pairs = (*y.shape[:-1], 2, 2)
+        means, widths = means.reshape(pairs), widths.reshape(pairs)
+        z = (y[..., None, :] - means) * jnp.exp(-widths)
+        each = (-0.5 * z**2 - widths).sum(axis=-1) - math.log(2 * math.pi)
+        weighted = jax.nn.log_softmax(logits) + each
+        return -jax.nn.logsumexp(weighted, axis=-1).sum(axis=1).mean()
+
+    parts = split(offsets[:, :-1], offsets[:, 1:])
+    score = lambda loss: np.exp(np.minimum(loss / length, 500))  # noqa: E731
+    return Task(*parts, init, loss, momentum, 1e-4, score, batch_size=8)
+
+
+def characters(length: int = 16, width: int = 16) -> Task:
+    """A transformer of one layer predicts Python, character by character."""
+    text = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8) % 128
+    starts = np.random.default_rng(0).integers(len(text) - length - 1, size=2000)
+    windows = np.int32(text[starts[:, None] + np.arange(length + 1)])
+
+    def init(key):
+        keys = jax.random.split(key, 5)
+        return {
+            "embedding": 0.5 * jax.random.normal(keys[0], (128 + length, width)),
+            "queries": dense(keys[1], width, 3 * width, gain=1.0),
+            "mlp": init_mlp(keys[2], width, 2 * width, width),
+            "head": dense(keys[3], width, 128, gain=1.0),
+        }
+
+    def loss(params, x, y):
+        h = params["embedding"][x] + params["embedding"][128:]
+        q, k, v = jnp.split(apply_dense(params["queries"], h), 3, axis=-1)
+        weights = q @ k.swapaxes(1, 2) / math.sqrt(width)
+        mask = jnp.tril(jnp.ones((length, length), bool))
+        h = h + jax.nn.softmax(jnp.where(mask, weights, -1e9)) @ v
+        h = h + apply_mlp(params["mlp"], jax.nn.standardize(h))
+        return cross_entropy(apply_dense(params["head"], h), y)
+
+    parts = split(windows[:, :-1], windows[:, 1:])
+    return Task(*parts, init, loss, optax.scale_by_adam, 3e-3, batch_size=8)
+
+
+def split(x, y):
+    """Holds out the last rows."""
+    return x[:-PREDICTED], y[:-PREDICTED], x[-PREDICTED:], y[-PREDICTED:]
+
+
+ALL = (regression, digits, logistic, factorisation, adding, handwriting, characters)
+TASKS = {task.__name__: cache(task) for task in ALL}
+
+
+# ---- Rules ---------------------------------------------------------------------------
+
+Place = Callable[..., optax.GradientTransformation]
+
+
+def before(rule: Callable[..., optax.GradientTransformation]) -> Place:
+    """Clips the gradients."""
+
+    def build(moments, rate, threshold):
+        del threshold
+        return optax.chain(rule(), moments, optax.scale(-rate))
+
+    return build
+
+
+def last(rule: Callable[..., optax.GradientTransformation]) -> Place:
+    """Clips what is added to the parameters."""
+
+    def build(moments, rate, threshold):
+        del threshold
+        return optax.chain(moments, optax.scale(-rate), rule())
+
+    return build
+
+
+def by(rule) -> Place:
+    """Clips the global norm of the gradients by a rule."""
+    return before(lambda: optaxclip.clip_by_global_norm(rule))
+
+
+def tuned(moments, rate, threshold) -> optax.GradientTransformation:
+    clip = optaxclip.clip_by_global_norm(threshold)
+    return optax.chain(clip, moments, optax.scale(-rate))
+
+
+def median_times(factor: float, window: int = 128) -> optax.GradientTransformation:
+    """Allows a multiple of the median of the norms before this one."""
+    median = thresholds.window_percentile(50.0, window)
+    return thresholds.lagged(optax.chain(median, optax.scale(factor)))
+
+
+def relative(share: float) -> optax.GradientTransformation:
+    """Lets no leaf change by more than a share of its norm."""
+    rule = thresholds.relative_to_params(share, norms.leaf_norms, eps=0.1)
+    return optaxclip.clip_by(norms.leaf_norms, rule)
+
+
+CANDIDATES: dict[str, Place] = {
+    TUNED: tuned,
+    "none": before(optax.identity),
+    "global norm 1": by(1.0),
+    "normalize": before(optaxclip.normalize_by_update_norm),
+    **{f"autoclip({p})": by(thresholds.window_percentile(p, 512)) for p in (10, 50, 90)},
+    "streaming_quantile(0.5)": by(thresholds.streaming_quantile(0.5)),
+    "streaming_quantile(0.1)": by(thresholds.streaming_quantile(0.1)),
+    "lagged mean + 3 std": by(
+        thresholds.lagged(thresholds.mean_plus_std(3.0, window=128))
+    ),
+    **{f"lagged median x {k}": by(median_times(k)) for k in (1, 2, 3)},
+    **{
+        f"clipped median x {k}": by(thresholds.clipped_history(median_times(k)))
+        for k in (1, 2)
+    },
+    "clipped percentile 10": by(
+        thresholds.clipped_history(thresholds.window_percentile(10, 128))
+    ),
+    **{f"change <= {100 * s:g} %": last(partial(relative, s)) for s in (0.03, 0.1)},
+}
+QUICK = ("none", "autoclip(10)", "lagged median x 2")
+
+
+# ---- Runs ----------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.vmap, in_axes=(None, 0))
+def init_params(task_name: str, seed):
+    return TASKS[task_name]().init(jax.random.key(seed))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def train(task_name, candidate, threshold, rates, params, rows, data):
+    """Trains all rates from all seeds; returns the held-out loss, `[.., segments]`."""
+    task = TASKS[task_name]()
+    x, y, test_x, test_y = data
+
+    @partial(jax.vmap, in_axes=(0, None, None))
+    @partial(jax.vmap, in_axes=(None, 0, 0))
+    def run(rate, params, rows):
+        optimizer = CANDIDATES[candidate](task.moments(), rate, threshold)
+
+        def step(carry, rows):
+            params, opt_state = carry
+            grads = jax.grad(task.loss)(params, x[rows], y[rows])
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        def segment(carry, rows):
+            carry = jax.lax.scan(step, carry, rows)[0]
+            return carry, task.loss(carry[0], test_x, test_y)
+
+        return jax.lax.scan(segment, (params, optimizer.init(params)), rows)[1]
+
+    return run(rates, params, rows)
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.vmap, in_axes=(None, 0, 0, None))
+def look_first(task_name: str, params, rows, data):
+    """Measures the norm of the first gradient, and the loss before the first step."""
+    task = TASKS[task_name]()
+    x, y, test_x, test_y = data
+    grads = jax.grad(task.loss)(params, x[rows], y[rows])
+    return optaxclip.global_norm(grads), task.loss(params, test_x, test_y)
+
+
+def compare(task_name: str, candidates, seeds: int, steps: int | None) -> list[Row]:
+    """Trains one task with all candidates; returns a row for each and each rate."""
+    task = TASKS[task_name]()
+    params, data = init_params(task_name, np.arange(seeds)), task[:4]
+    segments = (steps or task.steps) // SEGMENT
+    size = (segments, SEGMENT, task.batch_size)
+    rows = np.stack(
+        [
+            np.random.default_rng(seed).integers(len(task.x), size=size)
+            for seed in range(seeds)
+        ]
+    )
+    norm, start = look_first(task_name, params, rows[:, 0, 0], data)
+    rates = np.float32(task.rate * RATES)
+
+    def finals(candidate) -> tuple[np.ndarray, np.ndarray, float]:
+        began = time.perf_counter()
+        limits = [math.inf]
+        if candidate == TUNED:
+            limits = np.median(norm) * MULTIPLES
+        losses = np.stack(
+            [
+                train(task_name, candidate, limit, rates, params, rows, data)
+                for limit in np.float32(limits)
+            ]
+        )
+        final = losses[..., -LAST:].astype(np.float64).mean(axis=-1)
+        diverged = ~(final < np.asarray(start))
+        score = np.where(diverged, np.inf, task.score(final))
+        medians = np.median(np.minimum(score, 1e300), axis=-1)  # [limits, rates]
+        best = medians.argmin(axis=0)
+        lanes = np.arange(len(rates))
+        seconds = time.perf_counter() - began
+        return np.float32(limits)[best], medians.min(axis=0), diverged[best, lanes], seconds
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(candidates, pool.map(finals, candidates), strict=True))
+    tuned_medians = found[TUNED][1]
+    return [
+        {
+            "question": "no_knob",
+            "task": task_name,
+            "candidate": candidate,
+            "learning_rate": float(f"{rates[i]:.4g}"),
+            "seeds": seeds,
+            "steps": segments * SEGMENT,
+            "threshold": float(f"{limits[i]:.4g}") if candidate == TUNED else None,
+            "median": float(f"{medians[i]:.5g}"),
+            "ratio": float(f"{medians[i] / tuned_medians[i]:.5g}"),
+            "diverged": int(diverged[i].sum()),
+            "seconds": round(seconds, 2),
+        }
+        for candidate, (limits, medians, diverged, seconds) in found.items()
+        for i in range(len(rates))
+    ]
+
+
+def print_task(rows: list[Row]) -> None:
+    """Prints the ratios of a task, a line for each candidate."""
+    print(f"\n{rows[0]['task']}")
+    for candidate in dict.fromkeys(row["candidate"] for row in rows):
+        own = [row for row in rows if row["candidate"] == candidate]
+        key = "median" if candidate == TUNED else "ratio"
+        cells = "".join(f"{row[key]:11.3g}" for row in own)
+        print(f"  {candidate:26}{cells}{sum(row['diverged'] for row in own):7}")
+
+
+def print_verdict(rows: list[Row]) -> None:
+    """Prints how near each candidate comes to the tuned clip, the nearest first."""
+    lines = []
+    for candidate in dict.fromkeys(row["candidate"] for row in rows):
+        own = [row for row in rows if row["candidate"] == candidate]
+        ratios = np.minimum([row["ratio"] for row in own], 1e9)
+        runs = sum(row["seeds"] for row in own)
+        lost = sum(row["diverged"] for row in own)
+        line = (np.mean(ratios <= NEAR), np.median(ratios), ratios.max(), lost, runs)
+        lines.append((candidate, *line))
+    print(f"\n{'over all':28}{'within 5 %':>12}{'median':>9}{'worst':>9}  diverged")
+    for name, near, median, worst, lost, runs in sorted(lines, key=lambda x: -x[1]):
+        print(f"  {name:26}{near:12.0%}{median:9.3f}{worst:9.3g}  {lost} of {runs}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--candidates", nargs="+", choices=CANDIDATES)
+    add("--seeds", type=int, default=16)
+    add("--steps", type=int, help="per run, instead of each task's own number")
+    add("--out", type=pathlib.Path, default=RESULTS)
+    add("--quick", action="store_true", help="two tasks, three rules, 2 seeds")
+    args = parser.parse_args()
+    if args.quick:
+        args.tasks, args.seeds, args.steps = ["regression", "logistic"], 2, 40
+    if args.seeds < 1 or (args.steps is not None and args.steps < LAST * SEGMENT):
+        parser.error(f"--seeds must be at least 1, --steps at least {LAST * SEGMENT}")
+    chosen = args.candidates or (QUICK if args.quick else CANDIDATES)
+    args.candidates = list(dict.fromkeys([TUNED, *chosen]))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    machine = _timing.machine()
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{args.seeds} seeds; by learning rate the median final loss of the tuned")
+    print("clip, then ratios to it, and how many runs diverged")
+    began, rows = time.process_time(), []
+    for task in args.tasks:
+        rows += compare(task, args.candidates, args.seeds, args.steps)
+        print_task(rows[-len(args.candidates) * len(RATES) :])
+    print_verdict(rows)
+    print(f"CPU seconds: {time.process_time() - began:.0f}")
+    _timing.append_rows(args.out, [machine | row for row in rows])
+
+
+if __name__ == "__main__":
+    main()

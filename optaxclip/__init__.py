@@ -38,6 +38,15 @@ from optaxclip._per_example import (
     adapt_max_norm as adapt_max_norm,
     per_example_clipped_grad as per_example_clipped_grad,
 )
+from optaxclip._rules import (
+    AdaClipState as AdaClipState,
+    adagc as adagc,
+    aggc as aggc,
+    autoclip as autoclip,
+    k_sigma_clip as k_sigma_clip,
+    stable_spam_clip as stable_spam_clip,
+    zclip as zclip,
+)
 from optaxclip._splits import over_axes as over_axes
 from optaxclip._summary import summary as summary
 from optaxclip._values import (

@@ -12,8 +12,15 @@ THRESHOLD = "a number, a schedule, a rule, or a mapping from path patterns to th
 STATIC = (int, float, np.generic, np.ndarray)  # numbers known without running anything
 
 
+OFF = " To switch a clip off, use `jnp.inf`."
+
+
 def number(
-    value: Any, what: str, minimum: float = 0.0, kinds: str = "a number"
+    value: Any,
+    what: str,
+    minimum: float = 0.0,
+    kinds: str = "a number",
+    remedy: str = OFF,
 ) -> None:
     """Raises unless ``value`` is a real scalar, possibly traced.
 
@@ -22,6 +29,7 @@ def number(
       what: the argument's name, for the message.
       minimum: smallest number allowed.
       kinds: what the argument may be, for the message.
+      remedy: what to do instead, for the message.
 
     Raises:
       TypeError: not a number, or one that is not real.
@@ -30,19 +38,28 @@ def number(
     """
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     if isinstance(value, bool) or not (is_array or isinstance(value, int | float)):
-        raise TypeError(_unfit(value, what, kinds))
+        raise TypeError(_unfit(value, what, kinds, remedy))
     if is_array and getattr(getattr(value, "dtype", None), "kind", "O") in "bcOSU":
-        raise TypeError(_unfit(value, what, kinds))
+        raise TypeError(_unfit(value, what, kinds, remedy))
     if np.shape(value) != ():
         raise ValueError(
             f"Expected {what} to be {kinds}, got an array of shape {np.shape(value)}."
         )
     if isinstance(value, STATIC):
         if math.isnan(float(value)) or float(value) < minimum:
-            raise ValueError(
-                f"Expected {what} >= {minimum:g}, got {value}."
-                " To switch a clip off, use `jnp.inf`."
-            )
+            raise ValueError(f"Expected {what} >= {minimum:g}, got {value}.{remedy}")
+
+
+def share(value: Any, what: str) -> None:
+    """Raises unless ``value`` is a number from 0 to below 1, possibly traced."""
+    if isinstance(value, (int, float, np.generic)) and not 0 <= float(value) < 1:
+        raise ValueError(f"Expected 0 <= {what} < 1, got {value}.")
+    number(value, what, remedy="")
+
+
+def count(value: Any, what: str, minimum: int = 0) -> None:
+    """Raises unless ``value`` is a number of steps, possibly traced."""
+    number(value, what, minimum, remedy="")
 
 
 def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
@@ -106,8 +123,6 @@ def rule(value: Any, what: str) -> optax.GradientTransformation:
     return value
 
 
-def _unfit(value: Any, what: str, kinds: str) -> str:
-    return (
-        f"Expected {what} to be {kinds}, got {value!r} of type {type(value).__name__}."
-        " To switch a clip off, use `jnp.inf`."
-    )
+def _unfit(value: Any, what: str, kinds: str, remedy: str) -> str:
+    kind = type(value).__name__
+    return f"Expected {what} to be {kinds}, got {value!r} of type {kind}.{remedy}"

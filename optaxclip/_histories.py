@@ -4,7 +4,6 @@ All are rules on vectors of norms and part of :mod:`optaxclip.thresholds`. A nor
 is not finite never gets here: the engine keeps what a rule knew of that scope.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,9 +45,9 @@ class WindowState(NamedTuple):
 def mean_plus_std(
     num_std: ArrayLike,
     *,
-    decay: float | None = None,
+    decay: ArrayLike | None = None,
     window: int | None = None,
-    warmup_steps: int = 0,
+    warmup_steps: ArrayLike = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Allows some standard deviations above the mean norm: k-sigma clipping.
 
@@ -220,9 +219,7 @@ class _Moments(NamedTuple):
     update: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
 
 
-def _decaying(decay: float) -> _Moments:
-    log_decay = math.log(decay) if decay else -math.inf
-
+def _decaying(decay: ArrayLike) -> _Moments:
     def init(norms: jax.Array) -> MeanStdState:
         return MeanStdState(
             jnp.zeros_like(norms, jnp.int32),
@@ -232,13 +229,10 @@ def _decaying(decay: float) -> _Moments:
 
     def update(norms: jax.Array, state: MeanStdState) -> tuple[Any, Any, MeanStdState]:
         count = jnp.asarray(optax.safe_increment(state.seen_count))
-        # 1 - decay**count would lose its digits, and the first weight has to be 1.
-        faded = -jnp.expm1(count.astype(norms.dtype) * log_decay)
-        weight = jnp.where(count == 1, 1, (1 - decay) / faded)
-        change = norms - state.means
-        means = state.means + weight * change
-        stds = _root_of_squares(jnp.stack([state.stds, jnp.sqrt(weight) * change]))
-        stds *= jnp.sqrt(1 - weight)
+        weight = newest_weight(count, decay, norms.dtype)
+        means = moved_mean(state.means, norms, weight)
+        spread = jnp.sqrt(1 - weight) * (norms - state.means)
+        stds = moved_rms(state.stds, spread, weight)
         return means, stds, MeanStdState(count, means, stds)
 
     return _Moments(init, update)
@@ -255,12 +249,12 @@ def _in_window(window: int) -> _Moments:
         means = jnp.sum(state.last_norms / total[None], axis=0, where=filled)
         errors = jnp.where(filled, state.last_norms - means[None], 0)
         total = total.astype(means.dtype)
-        return means, _root_of_squares(errors) / jnp.sqrt(total), state
+        return means, root_of_squares(errors) / jnp.sqrt(total), state
 
     return _Moments(init, update)
 
 
-def _root_of_squares(x: jax.Array) -> jax.Array:
+def root_of_squares(x: jax.Array) -> jax.Array:
     """Returns the norm along the first axis, which no square takes out of range."""
     top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=0))
     unit = jnp.where(top > 0, top, 1)
@@ -268,8 +262,44 @@ def _root_of_squares(x: jax.Array) -> jax.Array:
     return unit * jnp.where(top > 0, jnp.sqrt(jnp.where(top > 0, squares, 1)), 0)
 
 
+def newest_weight(count: jax.Array, decay: ArrayLike, dtype: Any) -> jax.Array:
+    """Returns the weight of the newest of ``count`` norms, if theirs decay with age.
+
+    By ``expm1`` and ``log1p``, for ``1 - decay**count`` would lose its digits.
+    """
+    share = jnp.asarray(1 - decay, dtype)
+    faded = -jnp.expm1(count.astype(dtype) * jnp.log1p(-share))
+    return jnp.where(count == 1, 1, share / faded)
+
+
+def moved_mean(mean: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns ``(1 - weight) * mean + weight * x``.
+
+    It adds a change, for a factor close to 1 would have the same rounding error at
+    every step, and over many these add up.
+    """
+    near = mean + weight * (x - mean)
+    return jnp.where(weight < 0.5, near, x + (1 - weight) * (mean - x))
+
+
+def moved_rms(rms: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns ``sqrt((1 - weight) * rms**2 + weight * x**2)``, for ``rms >= 0``.
+
+    No square leaves the range; it adds a change like :func:`moved_mean`.
+    """
+    top = jax.lax.stop_gradient(jnp.maximum(rms, jnp.abs(x)))
+    unit = jnp.where(top > 0, top, 1)
+    old, new = rms / unit, jnp.abs(x) / unit
+    square = (1 - weight) * old**2 + weight * new**2
+    root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+    is_near = weight < 0.5
+    start = jnp.where(is_near, old, new)
+    change = jnp.where(is_near, weight, weight - 1) * (new**2 - old**2)
+    return unit * (start + change / jnp.where(root + start > 0, root + start, 1))
+
+
 def _rule(
-    moments: _Moments, num_std: ArrayLike, warmup_steps: int
+    moments: _Moments, num_std: ArrayLike, warmup_steps: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
@@ -309,9 +339,11 @@ def _check_memory(decay: Any, window: Any, warmup_steps: Any) -> None:
             "Expected one of `decay` and `window`, how a rule forgets, got"
             f" decay={decay!r}, window={window!r}."
         )
-    if decay is not None and not (isinstance(decay, float | int) and 0 <= decay < 1):
-        raise ValueError(f"Expected 0 <= decay < 1, a number, got {decay!r}.")
+    if decay is not None:
+        _checks.share(decay, "decay")
+    _checks.count(warmup_steps, "warmup_steps")
     if window is not None and not (isinstance(window, int) and window >= 2):
-        raise ValueError(f"Expected window >= 2, an int, got {window!r}.")
-    if not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(f"Expected warmup_steps >= 0, an int, got {warmup_steps!r}.")
+        raise ValueError(
+            f"Expected window >= 2, an int, got {window!r}. It is the shape of the"
+            " state: under `optax.inject_hyperparams` name it in `static_args`."
+        )

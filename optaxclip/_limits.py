@@ -160,17 +160,19 @@ def _apply_rule(
         )
     limits = jax.tree.map(lambda limit, norm: limit.astype(norm.dtype), limits, norms)
     if not isinstance(norms, Units):
-        new = jax.tree.map(lambda a, b: _kept(a, b, jnp.isfinite(norms)), new, state)
+        # A norm of zero says nothing of others: learnt from, it would allow none.
+        tells = jnp.isfinite(norms) & (norms != 0)
+        new = jax.tree.map(lambda a, b: _kept(a, b, tells), new, state)
     return limits, new
 
 
-def _kept(new: Any, old: Any, finite: jax.Array) -> jax.Array:
-    """Keeps what a rule knew of the scopes whose norm is not finite, and its dtypes."""
+def _kept(new: Any, old: Any, tells: jax.Array) -> jax.Array:
+    """Keeps what a rule knew of the scopes whose norm tells nothing, and its dtypes."""
     new = jnp.asarray(new, jnp.result_type(old))
-    if finite.ndim > new.ndim or new.shape[new.ndim - finite.ndim :] != finite.shape:
-        return jnp.where(jnp.any(finite), new, old)  # shared by all scopes
-    finite = jnp.reshape(finite, (1,) * (new.ndim - finite.ndim) + finite.shape)
-    return jnp.where(finite, new, old)
+    if tells.ndim > new.ndim or new.shape[new.ndim - tells.ndim :] != tells.shape:
+        return jnp.where(jnp.any(tells), new, old)  # shared by all scopes
+    tells = jnp.reshape(tells, (1,) * (new.ndim - tells.ndim) + tells.shape)
+    return jnp.where(tells, new, old)
 
 
 def _restricted(params: Any, leaves: Leaves, scopes: list[Scope]) -> Any:

@@ -16,6 +16,14 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _scopes, norms
+from optaxclip._averages import (
+    MeanRmsState as MeanRmsState,
+    MeanState as MeanState,
+    mean_over_rms as mean_over_rms,
+    relative_to_mean as relative_to_mean,
+    within_band as within_band,
+    z_score as z_score,
+)
 from optaxclip._histories import (
     MeanStdState as MeanStdState,
     QuantileState as QuantileState,

@@ -307,6 +307,16 @@ def agc_excluding_the_head(updates, params):
     }
 
 
+def finite_leaves_together(updates, params):
+    """AdaGC's first step: a bad leaf is NaN by itself and does not count for others."""
+    leaves = jax.tree.leaves(updates)
+    sizes = [vector_norm([x]) for x in leaves]
+    total = np.sqrt(sum(n**2 for n in sizes if np.isfinite(n)))
+    return by_label(each_leaf, lambda _, norm, params: norm * min(1, 1 / total))(
+        updates, params
+    )
+
+
 class Row(NamedTuple):
     """How to build a clip with its thresholds times `t`, and its first step."""
 
@@ -503,6 +513,24 @@ TABLE: dict[str, Row] = {
         ),
         by_label(every_leaf_together, constant(1.0)),
     ),
+    "autoclip": Row(lambda t=1.0: oc.autoclip(50.0, 4), unclipped_together),
+    "zclip": Row(
+        lambda t=1.0: oc.zclip(2.5, 0.97, 2, max_norm=1.0 * t),
+        by_label(every_leaf_together, constant(1.0)),
+    ),
+    "adagc": Row(
+        lambda t=1.0: oc.adagc(warmup_steps=1, max_norm=1.0 * t),
+        finite_leaves_together,
+    ),
+    "k_sigma_clip": Row(
+        lambda t=1.0: oc.k_sigma_clip(1.0, decay=0.9, warmup_steps=1),
+        unclipped_together,
+    ),
+    "aggc": Row(lambda t=1.0: oc.aggc(1.0, 0.5), by_label(layer, constant(np.inf))),
+    "stable_spam_clip": Row(
+        lambda t=1.0: oc.stable_spam_clip(),
+        by_label(each_leaf, constant(1.0), factor=np_normalize),
+    ),
     "mapping_of_rules": Row(
         lambda t=1.0: oc.clip_by(
             norms.leaf_norms,
@@ -548,6 +576,11 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},
     ),
+    "zclip": (oc.zclip, {"z_threshold": 2.5, "warmup_steps": 10, "max_norm": 1.0}),
+    "adagc": (oc.adagc, {"relative": 1.05, "warmup_steps": 10, "max_norm": 1.0}),
+    "k_sigma_clip": (oc.k_sigma_clip, {"num_std": 3.0, "decay": 0.9}),
+    "aggc": (oc.aggc, {"high": 1.5, "low": 0.5, "decay": 0.9}),
+    "stable_spam_clip": (oc.stable_spam_clip, {"mean_decay": 0.7, "max_decay": 0.9}),
 }
 
 

@@ -35,20 +35,28 @@ ALWAYS_ACTIVE = {
     "normalize": "sets the norm, also of a small update",
     "normalize_by_update_norm": "sets the norm, also of a small update",
     "soften": "shrinks every update a little",
+    "stable_spam_clip": "sets the norm, also of a small update",
 }
 NEVER_INFINITE = {
     "normalize": "would ask for an infinite norm",
     "normalize_by_update_norm": "would ask for an infinite norm",
+    "stable_spam_clip": "has no threshold",
 }
 NOT_ZERO_AT_ONCE = {
     "lagged_global": "the first step has no history, so it allows everything",
     "lagged_leaf": "the first step has no history, so it allows everything",
     "clipped_history": "the first step has no history, so it allows everything",
     "mean_plus_std": "the first step has no history, so it allows everything",
+    "autoclip": "the first step has no history, so it allows everything",
+    "k_sigma_clip": "the first step has no history, so it allows everything",
+    "aggc": "the first step has no history, so it allows everything",
+    "stable_spam_clip": "has no threshold",
     "mapping_of_rules": "the first step of its rule has no history",
     "agc_excluding": "an excluded leaf is never clipped",
 }
-NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE}
+NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE} | {
+    "stable_spam_clip": "is a chain of two"
+}
 # The exemptions by dtype: {(clip, dtype): reason}.
 NO_ORDER = {
     ("value_asymmetric", "complex64"): "complex numbers have no order: see test_errors"

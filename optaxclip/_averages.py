@@ -1,0 +1,315 @@
+"""Thresholds from a few running averages of the norms, as published rules have them.
+
+All are rules on vectors of norms and part of :mod:`optaxclip.thresholds`. Each averages
+what was left of a norm after its own clip, so a spike moves it no more than the largest
+norm allowed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import _checks
+from optaxclip._histories import (
+    MeanStdState,
+    moved_mean,
+    moved_rms,
+    newest_weight,
+    root_of_squares,
+)
+
+
+class MeanState(NamedTuple):
+    """State of rules that know a mean: two numbers per scope.
+
+    Attributes:
+      seen_count: norms seen, int32.
+      means: their running means.
+    """
+
+    seen_count: Any
+    means: Any
+
+
+class MeanRmsState(NamedTuple):
+    """State of :func:`mean_over_rms`: three numbers per scope.
+
+    Attributes:
+      seen_count: norms seen, int32.
+      means: their weighted means.
+      rms: their weighted root mean squares.
+    """
+
+    seen_count: Any
+    means: Any
+    rms: Any
+
+
+def z_score(
+    z_threshold: ArrayLike = 2.5,
+    decay: ArrayLike = 0.97,
+    warmup_steps: ArrayLike = 25,
+    max_norm: ArrayLike = jnp.inf,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Allows less the further a norm is above the mean: the rule of ZClip.
+
+    With :math:`z = (\|u\| - \mu) / \sigma`, and only where it is above its threshold,
+
+    .. math:: \text{max\_norm}_t = \mu + \frac{\text{z\_threshold}^2}{z} \sigma,
+
+    and never more than ``max_norm``. At the z-threshold nothing jumps; the larger the
+    spike, the closer to the mean it is clipped. Mean and deviation are those of the
+    first ``warmup_steps`` norms, then running ones of the norms after this rule.
+
+    Args:
+      z_threshold: standard deviations above the mean from which on it clips.
+      decay: of mean and variance, at least 0 and below 1.
+      warmup_steps: norms from which it takes its first mean and deviation, at least 2;
+        until then all up to ``max_norm`` is allowed.
+      max_norm: allowed at most, at every step.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.z_score(2.0, 0.5, warmup_steps=2)
+      >>> state = rule.init(jnp.zeros(()))
+      >>> for norm in 1.0, 3.0, 4.0, 12.0:
+      ...     max_norm, state = rule.update(jnp.array(norm), state)
+      ...     print(f"{max_norm:.3f}")
+      inf
+      inf
+      inf
+      3.444
+
+    References:
+      Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+      <https://arxiv.org/abs/2504.02507>`_, 2025
+    """
+    _checks.number(z_threshold, "z_threshold")
+    _checks.share(decay, "decay")
+    _checks.count(warmup_steps, "warmup_steps", minimum=2)
+    _checks.number(max_norm, "max_norm")
+
+    def init_fn(params: Any) -> MeanStdState:
+        return MeanStdState(*_zeros(params, 2))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params, extra_args
+        dtype = updates.dtype
+        times, cap = jnp.asarray(z_threshold, dtype), jnp.asarray(max_norm, dtype)
+        mean, std = state.means, state.stds
+        is_spike = (state.seen_count >= warmup_steps) & (updates > mean + times * std)
+        excess = jnp.where(is_spike, updates - mean, 1)
+        limits = jnp.where(
+            is_spike, mean + times * std * (times * std / excess), jnp.inf
+        )
+        count = jnp.asarray(optax.safe_increment(state.seen_count))
+        seen = jnp.minimum(updates, limits)
+        share = jnp.asarray(1 - decay, dtype)
+        # The paper's variance is around the new mean; that of the warm-up is exact.
+        is_warm = count > warmup_steps
+        weight = jnp.where(is_warm, share, 1 / count.astype(dtype))
+        spread = jnp.where(is_warm, 1 - weight, jnp.sqrt(1 - weight)) * (seen - mean)
+        stds = moved_rms(std, spread, weight)
+        means = moved_mean(mean, seen, weight)
+        return jnp.minimum(limits, cap), MeanStdState(count, means, stds)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def relative_to_mean(
+    ratio: ArrayLike = 1.05,
+    decay: ArrayLike = 0.98,
+    warmup_steps: ArrayLike = 100,
+    max_norm: ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Allows a multiple of the mean norm so far: the rule of AdaGC.
+
+    .. math:: \text{max\_norm}_t = \text{ratio} \cdot \gamma, \qquad
+      \gamma \leftarrow \text{decay} \, \gamma
+      + (1 - \text{decay}) \min(\|u\|, \text{ratio} \cdot \gamma)
+
+    In the warm-up all scopes together are clipped to the global norm ``max_norm``, and
+    :math:`\gamma` is the smallest norm that this left. A scope whose norm is not finite
+    does not count in the global norm. Afterwards a threshold grows by at most
+    ``(1 - decay) * (ratio - 1)`` of itself at every step, 0.1 % by default.
+
+    Args:
+      ratio: allowed norm over mean norm.
+      decay: of the mean, at least 0 and below 1.
+      warmup_steps: norms of a scope until its mean is used.
+      max_norm: global norm of all scopes in the warm-up.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.relative_to_mean(1.5, 0.5, warmup_steps=1)
+      >>> state = rule.init(jnp.zeros(2))
+      >>> for norms in jnp.array([3.0, 4.0]), jnp.array([0.6, 2.0]):
+      ...     max_norms, state = rule.update(norms, state)
+      ...     print(max_norms)
+      [0.6 0.8]
+      [0.90000004 1.2       ]
+
+    References:
+      Wang et al., `AdaGC: Improving Training Stability for LLM Pretraining
+      <https://arxiv.org/abs/2502.11034>`_, 2025
+    """
+    for what, value in {"ratio": ratio, "max_norm": max_norm}.items():
+        _checks.number(value, what)
+    _checks.share(decay, "decay")
+    _checks.count(warmup_steps, "warmup_steps")
+
+    def init_fn(params: Any) -> MeanState:
+        count, mean = _zeros(params, 1)
+        return MeanState(count, mean + jnp.inf)  # larger than any norm
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params, extra_args
+        dtype, mean = updates.dtype, state.means
+        is_warm = state.seen_count >= warmup_steps
+        together = _limits_together(updates, jnp.asarray(max_norm, dtype))
+        limits = jnp.where(is_warm, jnp.asarray(ratio, dtype) * mean, together)
+        left = jnp.minimum(updates, limits)
+        known = jnp.where(jnp.isinf(mean), left, mean)
+        # What was left less the mean, in the form whose rounding adds up to nothing.
+        most = jnp.asarray(ratio - 1, dtype) * known
+        share = jnp.asarray(1 - decay, dtype)
+        moved = known + share * jnp.minimum(updates - known, most)
+        means = jnp.where(is_warm, moved, jnp.minimum(known, left))
+        count = jnp.asarray(optax.safe_increment(state.seen_count))
+        return limits, MeanState(count, means)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def within_band(
+    low: ArrayLike, high: ArrayLike, decay: ArrayLike = 0.98
+) -> optax.GradientTransformationExtraArgs:
+    r"""Allows norms in a band around the mean norm so far: the rule of AGGC.
+
+    .. math:: \text{max\_norm}_t = \min(\max(\|u\|, \text{low} \cdot \mu),
+      \text{high} \cdot \mu)
+
+    This is a norm to have, not only the largest allowed: with ``factors.normalize`` a
+    scope below the band is raised to it; with ``factors.rescale`` only ``high`` counts.
+    The mean is that of the norms in the band, weighted by ``decay ** age``. The first
+    norm is allowed as it is, and so is every norm within the band.
+
+    Args:
+      low: smallest norm over the mean norm, at most 1.
+      high: largest norm over the mean norm, at least 1.
+      decay: of the weights with age, at least 0 and below 1.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.within_band(0.5, 2.0)
+      >>> state = rule.init(jnp.zeros(()))
+      >>> for norm in 1.0, 100.0, 0.1:
+      ...     allowed, state = rule.update(jnp.array(norm), state)
+      ...     print(f"{allowed:.3f}")
+      1.000
+      2.000
+      0.753
+
+    References:
+      Li et al., `AGGC: Adaptive Group Gradient Clipping for Stabilizing LLM Training
+      <https://arxiv.org/abs/2601.11864>`_, 2026
+    """
+    _checks.number(low, "low")
+    _checks.number(high, "high", minimum=1)
+    _checks.share(decay, "decay")
+    if isinstance(low, _checks.STATIC) and low > 1:
+        raise ValueError(f"Expected low <= 1, got {low}: the mean is in the band.")
+
+    def init_fn(params: Any) -> MeanState:
+        return MeanState(*_zeros(params, 1))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params, extra_args
+        mean = state.means
+        least, most = (jnp.asarray(x, updates.dtype) * mean for x in (low, high))
+        held = jnp.minimum(jnp.maximum(updates, least), most)
+        held = jnp.where(state.seen_count == 0, updates, held)
+        count = jnp.asarray(optax.safe_increment(state.seen_count))
+        means = moved_mean(mean, held, newest_weight(count, decay, mean.dtype))
+        return held, MeanState(count, means)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def mean_over_rms(
+    mean_decay: ArrayLike = 0.7, rms_decay: ArrayLike = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    r"""Allows the mean norm over their root mean square: the rule of AdaGN.
+
+    .. math:: \text{max\_norm}_t = \frac{\text{mean}_{s \le t} \|u_s\|}
+      {\sqrt{\text{mean}_{s \le t} \|u_s\|^2}}
+
+    A number near 1, for ``factors.normalize``: Adam's step, taken by a norm. This
+    step's norm is among them; the weights decay with age.
+
+    Args:
+      mean_decay: of the weights of the mean, at least 0 and below 1.
+      rms_decay: of the weights of the mean square, at least 0 and below 1.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> rule = optaxclip.thresholds.mean_over_rms()
+      >>> state = rule.init(jnp.zeros(()))
+      >>> for norm in 1.0, 1.0, 100.0:
+      ...     max_norm, state = rule.update(jnp.array(norm), state)
+      ...     print(f"{max_norm:.3f}")
+      1.000
+      1.000
+      0.761
+
+    References:
+      Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
+      <https://arxiv.org/abs/2502.17055>`_, 2025
+    """
+    _checks.share(mean_decay, "mean_decay")
+    _checks.share(rms_decay, "rms_decay")
+
+    def init_fn(params: Any) -> MeanRmsState:
+        return MeanRmsState(*_zeros(params, 2))
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
+        del params, extra_args
+        count = jnp.asarray(optax.safe_increment(state.seen_count))
+        decays = (mean_decay, rms_decay)
+        weights = [newest_weight(count, x, updates.dtype) for x in decays]
+        means = moved_mean(state.means, updates, weights[0])
+        rms = moved_rms(state.rms, updates, weights[1])
+        return means / jnp.where(rms > 0, rms, 1), MeanRmsState(count, means, rms)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _zeros(norms: Any, arrays: int) -> list[jax.Array]:
+    some = [jnp.zeros_like(norms) for _ in range(arrays)]
+    return [jnp.zeros_like(norms, jnp.int32), *some]
+
+
+def _limits_together(norms: jax.Array, max_norm: jax.Array) -> jax.Array:
+    """Returns what each norm may be so that they are ``max_norm`` together.
+
+    A norm that is not finite does not count: the scope it belongs to turns NaN.
+    """
+    flat = jnp.ravel(norms)
+    total = root_of_squares(jnp.where(jnp.isfinite(flat), flat, 0))
+    shares = jnp.minimum(norms / jnp.where(total > 0, total, 1), 1)
+    return jnp.where(total > max_norm, max_norm * shares, jnp.inf)

@@ -1,0 +1,404 @@
+"""Published rules by the name people search for, each a norm, a threshold and a factor.
+
+All of them learn the threshold from the norms. A norm that is zero or not finite enters
+no history.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from optaxclip import (
+    _checks,
+    _leaves,
+    _limits,
+    _scopes,
+    _splits,
+    factors,
+    norms,
+    thresholds,
+)
+from optaxclip._engine import clip_by
+
+
+def autoclip(
+    percentile: ArrayLike = 10.0, window: int = 10_000
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the global norm to a percentile of its own history.
+
+    .. math:: u \leftarrow u \cdot \min(1, c_t / \|u\|), \qquad
+      c_t = \text{percentile of } \|u_{t - \text{window} + 1}\|, \dots, \|u_t\|
+
+    The norms enter before the clip, this step's included: the first step is never
+    clipped, with ``percentile=100`` none is. With the paper's 10 most steps are: this
+    is close to a gradient of constant norm, so tune the learning rate with it.
+
+    Deviations: the paper keeps all norms, its TensorFlow code the last 10 000; that
+    code clips each leaf to the global percentile, this one all together. One NaN stays
+    in the paper's history for ever; here it never enters, and a zero does not either.
+
+    Guarantees: those of :func:`clip_by_global_norm`.
+
+    Args:
+      percentile: from 0 to 100.
+      window: norms remembered, static; all are sorted at every step.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
+      which holds ``window + 1`` numbers for the history.
+
+    Raises:
+      TypeError: ``percentile`` is not a number.
+      ValueError: ``percentile`` is not between 0 and 100, or ``window`` below 2.
+
+    Examples:
+      >>> clip = optaxclip.autoclip(50.0)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for grad in 1.0, 2.0, 9.0:
+      ...     updates, state = clip.update(jnp.array([grad]), state)
+      ...     print(updates)
+      [1.]
+      [1.5]
+      [2.]
+
+    References:
+      Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation
+      Networks <https://arxiv.org/abs/2007.14469>`_, 2020
+    """
+    return clip_by(norms.global_norm, thresholds.window_percentile(percentile, window))
+
+
+def zclip(
+    z_threshold: ArrayLike = 2.5,
+    decay: ArrayLike = 0.97,
+    warmup_steps: ArrayLike = 25,
+    max_norm: ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips spikes of the global norm, the higher the closer to the mean norm.
+
+    Where :math:`z = (\|u\| - \mu) / \sigma` is above its threshold, u is rescaled to
+
+    .. math:: \mu + \frac{\text{z\_threshold}^2}{z} \sigma,
+
+    and never more than ``max_norm`` is left: with the paper's default of 1 this is a
+    clip at 1 *and* ZClip. Give ``jnp.inf`` for ZClip alone. Other norms, such as that
+    of each leaf: ``clip_by(norms.leaf_norms, thresholds.z_score())``.
+
+    Deviations: the paper's code adds 1e-6 to the deviation and to the norm; where a NaN
+    comes there, it clips no spike ever after.
+
+    Guarantees: those of :func:`clip_by_global_norm`.
+
+    Args:
+      z_threshold: standard deviations above the mean from which on it clips.
+      decay: of mean and variance, at least 0 and below 1.
+      warmup_steps: norms from which it takes its first mean and deviation, at least 2.
+      max_norm: largest norm allowed at every step.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
+      which holds three numbers for the history.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> clip = optaxclip.zclip(2.0, warmup_steps=2, max_norm=jnp.inf)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for grad in 1.0, 3.0, 100.0:
+      ...     updates, state = clip.update(jnp.array([grad]), state)
+      ...     print(f"{updates[0]:.3f}")
+      1.000
+      3.000
+      2.041
+
+    References:
+      Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+      <https://arxiv.org/abs/2504.02507>`_, 2025
+    """
+    rule = thresholds.z_score(z_threshold, decay, warmup_steps, max_norm)
+    return clip_by(norms.global_norm, rule)
+
+
+def adagc(
+    relative: ArrayLike = 1.05,
+    decay: ArrayLike = 0.98,
+    warmup_steps: ArrayLike = 100,
+    max_norm: ArrayLike = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips every leaf to a little more than the mean of its own norms so far.
+
+    .. math:: u_l \leftarrow u_l \cdot
+      \min(1, \text{relative} \cdot \gamma_l / \|u_l\|), \qquad
+      \gamma_l \leftarrow \text{decay} \, \gamma_l + (1 - \text{decay}) \|u_l\|
+
+    The mean takes the norms after the clip, so no threshold grows by more than 0.1 % a
+    step. In the warm-up the global norm is clipped to ``max_norm``, and the mean starts
+    at the smallest norm that this left of the leaf.
+
+    Deviations: a leaf whose first norms are zero, such as LoRA's first matrix, would be
+    frozen for ever by the paper's rule: here its history starts with its first norm
+    above zero. A leaf that is not finite does not count in the warm-up's global norm.
+
+    Guarantees: those of :func:`clip_by_leaf_norm`.
+
+    Args:
+      relative: allowed norm over mean norm.
+      decay: of the mean, at least 0 and below 1.
+      warmup_steps: steps until the mean is used.
+      max_norm: largest global norm in the warm-up.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
+      one entry per leaf, which holds two numbers per leaf for the history.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: an argument is out of range.
+
+    Examples:
+      >>> clip = optaxclip.adagc(warmup_steps=2)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for grad in 0.5, 0.4, 3.0:
+      ...     updates, state = clip.update(jnp.array([grad]), state)
+      ...     print(f"{updates[0]:.3f}")
+      0.500
+      0.400
+      0.420
+
+    References:
+      Wang et al., `AdaGC: Improving Training Stability for LLM Pretraining
+      <https://arxiv.org/abs/2502.11034>`_, 2025
+    """
+    _checks.number(relative, "relative")
+    rule = thresholds.relative_to_mean(relative, decay, warmup_steps, max_norm)
+    return clip_by(norms.leaf_norms, rule)
+
+
+def k_sigma_clip(
+    num_std: ArrayLike = 3.0,
+    *,
+    decay: ArrayLike | None = None,
+    window: int | None = None,
+    warmup_steps: ArrayLike = 64,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the global norm to some deviations above the mean of those before it.
+
+    .. math:: u \leftarrow u \cdot \min\left(1,
+      \frac{\mu + \text{num\_std} \cdot \sigma}{\|u\|}\right)
+
+    With a window (128 norms, if nothing is said) the norms enter as they are, as in
+    Levanter, and a lasting shift is learnt within a window. With a decay they enter
+    after the clip, and a shift is learnt gradually.
+
+    Deviations: Open-Sora Plan, whose form the decay is, keeps clipped steps out of its
+    history, and so never learns a shift upwards; Levanter adds a floor of 1e-6.
+
+    Guarantees: those of :func:`clip_by_global_norm`.
+
+    Args:
+      num_std: standard deviations allowed above the mean.
+      decay: of the weights with age, at least 0 and below 1.
+      window: norms remembered, at least 2; static. At most one of the two is given.
+      warmup_steps: norms to be seen before anything is clipped.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
+      which holds four numbers, or ``window + 2``, for the history.
+
+    Raises:
+      TypeError: ``num_std`` is not a number.
+      ValueError: both ``decay`` and ``window``, or an argument out of range.
+
+    Examples:
+      >>> clip = optaxclip.k_sigma_clip(2.0, window=16, warmup_steps=2)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for grad in 1.0, 3.0, 100.0:
+      ...     updates, state = clip.update(jnp.array([grad]), state)
+      ...     print(updates)
+      [1.]
+      [3.]
+      [4.]
+
+    References:
+      Open-Sora Plan, version 1.5, 2025; Levanter, ``clip_update_norm``
+    """
+    if decay is None and window is None:
+        window = 128
+    rule = thresholds.lagged(
+        thresholds.mean_plus_std(
+            num_std, decay=decay, window=window, warmup_steps=warmup_steps
+        )
+    )
+    return clip_by(
+        norms.global_norm, rule if decay is None else thresholds.clipped_history(rule)
+    )
+
+
+def aggc(
+    high: ArrayLike = 1.5,
+    low: ArrayLike = 0.0,
+    decay: ArrayLike = 0.98,
+    labels: norms.Labels = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the norm of every group in a band around its mean so far.
+
+    .. math:: u_g \leftarrow u_g \cdot
+      \frac{\min(\max(\|u_g\|, \text{low} \cdot \mu_g), \text{high} \cdot \mu_g)}
+      {\|u_g\|}
+
+    The mean is that of the norms after this, weighted by ``decay ** age``. The paper's
+    groups are modules of one function: ``labels={"query": "q", "key": "k", ...}``.
+
+    Deviations: the paper's mean starts at zero without a correction, so its second step
+    is clamped to 3 % of the first; here the mean is Adam's, and the first step passes.
+    The paper moves both bounds late in training: start a new one there.
+
+    Guarantees: those of :func:`clip_by_group_norm`. Within the band updates come back
+    bit for bit; a norm of zero is not raised.
+
+    Args:
+      high: largest norm over the mean norm, at least 1.
+      low: smallest norm over the mean norm, at most 1; smaller ones are raised.
+      decay: of the weights with age, at least 0 and below 1.
+      labels: which leaves are a group, see :func:`clip_by_group_norm`.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
+      one entry per group, which holds two numbers per group for the history.
+
+    Raises:
+      TypeError, ValueError: an argument is not a number or out of range; see also
+        :func:`clip_by_group_norm`.
+
+    Examples:
+      >>> clip = optaxclip.aggc(2.0, 0.5)
+      >>> state = clip.init(jnp.zeros(1))
+      >>> for grad in 1.0, 100.0, 0.1:
+      ...     updates, state = clip.update(jnp.array([grad]), state)
+      ...     print(updates.round(3))
+      [1.]
+      [2.]
+      [0.753]
+
+    References:
+      Li et al., `AGGC: Adaptive Group Gradient Clipping for Stabilizing LLM Training
+      <https://arxiv.org/abs/2601.11864>`_, 2026
+    """
+    band = thresholds.within_band(low, high, decay)
+    return clip_by(norms.group_norms(labels), band, factors.normalize)
+
+
+class AdaClipState(NamedTuple):
+    """State of the first stage of :func:`stable_spam_clip`.
+
+    Attributes:
+      rule_state: the mean of the largest moduli so far, for every leaf.
+    """
+
+    rule_state: Any
+
+
+def stable_spam_clip(
+    mean_decay: ArrayLike = 0.7,
+    rms_decay: ArrayLike = 0.9,
+    max_decay: ArrayLike = 0.999,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips the largest elements of a leaf, then gives the leaf a norm near 1.
+
+    AdaClip, then AdaGN: with T the mean of the leaf's largest modulus so far, and with
+    the means of its norm and of the square of its norm,
+
+    .. math:: u_i &\leftarrow u_i \cdot T / \max_j |u_j|
+        \quad \text{where } |u_i| > T
+
+      u &\leftarrow \frac{u}{\|u\|} \cdot
+        \frac{\text{mean} \|u\|}{\sqrt{\text{mean} \|u\|^2}}
+
+    All means take in this step, and weights decay with age. For low-precision training;
+    Stable-SPAM adds :func:`reset_momentum` around Adam. The size of the gradient is
+    gone after this, as after :func:`normalize_by_update_norm`.
+
+    Deviations: the paper's code restarts its step counter at each reset of the momentum
+    but not the means, which switches AdaClip off for a thousand steps; nothing restarts
+    here. Its eps of 1e-8 is left out, for a norm of zero enters no mean. The cosine
+    schedule of its decay is left out.
+
+    Guarantees: those of :func:`clip_by_leaf_norm`; a NaN or an infinity makes all of
+    its leaf NaN and enters no mean.
+
+    Args:
+      mean_decay: of the weights of the mean norm.
+      rms_decay: of the weights of the mean square of the norm.
+      max_decay: of the weights of the mean largest modulus.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with states
+      :class:`AdaClipState` and :class:`ClipState`, seven numbers per leaf in all for
+      the history.
+
+    Raises:
+      TypeError: an argument is not a number.
+      ValueError: a decay is not at least 0 and below 1.
+
+    Examples:
+      >>> clip = optaxclip.stable_spam_clip()
+      >>> state = clip.init(jnp.zeros(2))
+      >>> for grad in jnp.array([3.0, 4.0]), jnp.array([3.0, 400.0]):
+      ...     updates, state = clip.update(grad, state)
+      ...     print(f"{updates[0]:.3f} {updates[1]:.3f}")
+      0.600 0.800
+      0.012 0.825
+
+    References:
+      Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
+      <https://arxiv.org/abs/2502.17055>`_, 2025
+    """
+    _checks.share(max_decay, "max_decay")
+    rule = thresholds.mean_over_rms(mean_decay, rms_decay)
+    return optax.chain(
+        _ada_clip(max_decay), clip_by(norms.leaf_norms, rule, factors.normalize)
+    )
+
+
+def _ada_clip(decay: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    rule = thresholds.mean_plus_std(0.0, decay=decay)
+    formula = norms.formula(functools.partial(norms.leaf_norms, ord=jnp.inf))
+
+    def init_fn(params: optax.Params) -> AdaClipState:
+        leaves = _leaves.flatten(params, abstract=True)
+        return AdaClipState(_limits.init(rule, _scopes.zeros(formula, leaves), leaves))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, AdaClipState]:
+        leaves = _leaves.flatten(updates)
+        _splits.check_summed(leaves, params)
+        _checks.needed_state(state, AdaClipState)
+        measured = _scopes.measure(formula, leaves)
+        count = jnp.zeros((), jnp.int32)
+        limits, rule_state = _limits.update(
+            rule, measured, count, state.rule_state, leaves, None, extra_args
+        )
+        tops = measured.sizes()
+        rows = enumerate(leaves.counted)
+        clipped = [
+            _held(leaves.leaves[i], limits[j], tops[j], leaves.dtype) for j, i in rows
+        ]
+        return leaves.replaced(clipped), AdaClipState(rule_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _held(leaf: Any, limit: jax.Array, top: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the leaf with what is above the limit scaled as the largest must be."""
+    wide = _leaves.widen(leaf, dtype)
+    is_above = jnp.abs(wide) > limit
+    factor = jnp.where(top > limit, limit / jnp.where(top > 0, top, 1), 1)
+    held = _leaves.narrow(jnp.where(is_above, wide * factor, wide), leaf)
+    return jnp.where(is_above, held, jnp.asarray(leaf, held.dtype))

@@ -50,21 +50,28 @@ RATES = np.logspace(0, 1, 4)  # times the lowest learning rate of the task
 MULTIPLES = np.logspace(-3, 1, 13)  # of the norm of the first gradients
 SEGMENT = 5  # steps between two evaluations
 LAST = 4  # evaluations, whose mean is the final loss
+LOST = 1e100  # the loss of a run that diverged
 NEAR = 1.05  # times the loss of the tuned clip
 TUNED = "clip_by_global_norm"
-PREDICTED = 100  # rows that no run is trained on
+HELD_OUT = 100  # rows that no run is trained on
 
 
 # ---- Tasks ---------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What is learnt, by which optimizer."""
+class Data(NamedTuple):
+    """Rows to train on, and rows that are held out."""
 
     x: np.ndarray
     y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
+
+
+class Task(NamedTuple):
+    """What is learnt, by which optimizer."""
+
+    data: Data
     init: Callable[[jax.Array], Any]  # key -> params
     loss: Callable[..., jax.Array]  # params, x, y -> loss of a batch
     moments: Callable[[], optax.GradientTransformation]
@@ -105,13 +112,13 @@ def regression() -> Task:
     generator = np.random.default_rng(0)
     x = generator.standard_normal((600, 20))
     weights = np.where(np.arange(20) < 10, generator.uniform(10, 100, 20), 0.0)
-    x, y = np.float32(x), np.float32(x @ weights)
+    y = x @ weights
 
     def loss(params, x, y):
         return jnp.mean((apply_mlp(params, x)[:, 0] - y) ** 2)
 
     init = partial(init_mlp, inputs=20, units=25, outputs=1)
-    return Task(*split(x, y), init, loss, momentum, rate=1e-3)
+    return Task(split(x, y), init, loss, momentum, rate=1e-3)
 
 
 def digits() -> Task:
@@ -119,30 +126,29 @@ def digits() -> Task:
     generator = np.random.default_rng(0)
     patterns = generator.standard_normal((10, 64))
     y = generator.integers(10, size=1500)
-    x = np.float32(patterns[y] + 2.0 * generator.standard_normal((1500, 64)))
+    x = patterns[y] + 2.0 * generator.standard_normal((1500, 64))
     wrong = (generator.uniform(size=1500) < 0.1) & (np.arange(1500) < 1400)
-    y = np.int32(np.where(wrong, generator.integers(10, size=1500), y))
+    y = np.where(wrong, generator.integers(10, size=1500), y)
     init = partial(init_mlp, inputs=64, units=32, outputs=10)
 
     def loss(params, x, y):
         return cross_entropy(apply_mlp(params, x), y)
 
-    return Task(*split(x, y), init, loss, momentum, rate=0.02)
+    return Task(split(x, y), init, loss, momentum, rate=0.02)
 
 
 def logistic() -> Task:
     """Two classes, features with tails so heavy that they have no variance."""
     generator = np.random.default_rng(0)
     x = generator.standard_t(1.5, (1500, 20))
-    y = x @ generator.standard_normal(20) > generator.logistic(size=1500)
-    x, y = np.float32(x), np.float32(y)
+    y = 1.0 * (x @ generator.standard_normal(20) > generator.logistic(size=1500))
 
     def loss(params, x, y):
         scores = apply_dense(params, x)[:, 0]
         return optax.sigmoid_binary_cross_entropy(scores, y).mean()
 
     init = partial(dense, inputs=20, outputs=1)
-    return Task(*split(x, y), init, loss, momentum, rate=0.01)
+    return Task(split(x, y), init, loss, momentum, rate=0.01)
 
 
 def factorisation() -> Task:
@@ -152,7 +158,7 @@ def factorisation() -> Task:
     x = generator.integers(40, size=(4000, 2))
     y = (left @ right.T)[x[:, 0], x[:, 1]]
     off = (generator.uniform(size=4000) < 0.02) & (np.arange(4000) < 3900)
-    x, y = np.int32(x), np.float32(np.where(off, 100.0 * y, y))
+    y = np.where(off, 100.0 * y, y)
 
     def init(key):
         return 0.5 * jax.random.normal(key, (2, 40, 6))
@@ -161,7 +167,7 @@ def factorisation() -> Task:
         products = params[0][x[:, 0]] * params[1][x[:, 1]]
         return jnp.mean((products.sum(axis=1) - y) ** 2)
 
-    return Task(*split(x, y), init, loss, momentum, rate=0.05, batch_size=64)
+    return Task(split(x, y), init, loss, momentum, rate=0.05, batch_size=64)
 
 
 def adding(length: int = 10, units: int = 16) -> Task:
@@ -188,8 +194,7 @@ def adding(length: int = 10, units: int = 16) -> Task:
         last = jax.lax.scan(step, start, x.swapaxes(0, 1))[0]
         return jnp.mean((apply_dense(params["head"], last)[:, 0] - y) ** 2)
 
-    parts = split(np.float32(x), np.float32(y))
-    return Task(*parts, init, loss, optax.scale_by_adam, rate=0.005)
+    return Task(split(x, y), init, loss, optax.scale_by_adam, rate=0.005)
 
 
 def handwriting(length: int = 20, units: int = 12) -> Task:
@@ -199,8 +204,9 @@ def handwriting(length: int = 20, units: int = 12) -> Task:
     a, b = generator.uniform(0, 2 * np.pi, (2, 600, 1))
     t = np.arange(length + 2)
     x = np.sin(w1 * t + a) + 0.5 * np.sign(np.sin(w2 * t + b))
-    offsets = np.diff(np.stack([x, np.cos(w1 * t + a)], axis=-1), axis=1)
-    offsets = np.float32(offsets + 0.01 * generator.standard_normal(offsets.shape))
+    noise = 0.01 * generator.standard_normal((600, length + 1, 2))
+    pen = np.stack([x, np.cos(w1 * t + a)], axis=-1)
+    offsets = noise + pen[:, 1:] - pen[:, :-1]
 
     def init(key):
         keys = jax.random.split(key)
@@ -228,15 +234,18 @@ def handwriting(length: int = 20, units: int = 12) -> Task:
         return -jax.nn.logsumexp(weighted, axis=-1).sum(axis=1).mean()
 
     parts = split(offsets[:, :-1], offsets[:, 1:])
-    score = lambda loss: np.exp(np.minimum(loss / length, 500))  # noqa: E731
-    return Task(*parts, init, loss, momentum, 1e-4, score, batch_size=8)
+
+    def score(loss):
+        return np.exp(np.minimum(loss / length, 500))
+
+    return Task(parts, init, loss, momentum, 1e-4, score, 200, 8)
 
 
 def characters(length: int = 16, width: int = 16) -> Task:
     """A transformer of one layer predicts Python, character by character."""
     text = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8) % 128
     starts = np.random.default_rng(0).integers(len(text) - length - 1, size=2000)
-    windows = np.int32(text[starts[:, None] + np.arange(length + 1)])
+    windows = text[starts[:, None] + np.arange(length + 1)]
 
     def init(key):
         keys = jax.random.split(key, 5)
@@ -257,12 +266,14 @@ def characters(length: int = 16, width: int = 16) -> Task:
         return cross_entropy(apply_dense(params["head"], h), y)
 
     parts = split(windows[:, :-1], windows[:, 1:])
-    return Task(*parts, init, loss, optax.scale_by_adam, 3e-3, batch_size=8)
+    return Task(parts, init, loss, optax.scale_by_adam, 3e-3, steps=120, batch_size=8)
 
 
-def split(x, y):
-    """Holds out the last rows."""
-    return x[:-PREDICTED], y[:-PREDICTED], x[-PREDICTED:], y[-PREDICTED:]
+def split(x: np.ndarray, y: np.ndarray) -> Data:
+    """Holds out the last rows, in 32 bits."""
+    dtypes = np.float32, np.int32
+    x, y = (z.astype(dtypes[np.issubdtype(z.dtype, np.integer)]) for z in (x, y))
+    return Data(x[:-HELD_OUT], y[:-HELD_OUT], x[-HELD_OUT:], y[-HELD_OUT:])
 
 
 ALL = (regression, digits, logistic, factorisation, adding, handwriting, characters)
@@ -316,26 +327,47 @@ def relative(share: float) -> optax.GradientTransformation:
     return optaxclip.clip_by(norms.leaf_norms, rule)
 
 
+def twice(rule: Callable[..., optax.GradientTransformation], share: float) -> Place:
+    """Clips the gradients, and then the change of every leaf."""
+
+    def build(moments, rate, threshold):
+        del threshold
+        clips = rule(), relative(share)
+        return optax.chain(clips[0], moments, optax.scale(-rate), clips[1])
+
+    return build
+
+
+def autoclip(percentile: float) -> optax.GradientTransformation:
+    return optaxclip.autoclip(percentile, window=512)  # more than there are steps
+
+
+def ratchet(percentile: float) -> optax.GradientTransformation:
+    """Is `autoclip` by the norms after the clip: no threshold above an earlier one."""
+    rule = thresholds.window_percentile(percentile, window=512)
+    return optaxclip.clip_by_global_norm(thresholds.clipped_history(rule))
+
+
 CANDIDATES: dict[str, Place] = {
     TUNED: tuned,
     "none": before(optax.identity),
     "global norm 1": by(1.0),
-    "normalize": before(optaxclip.normalize_by_update_norm),
-    **{f"autoclip({p})": by(thresholds.window_percentile(p, 512)) for p in (10, 50, 90)},
+    "normalize_by_update_norm": before(optaxclip.normalize_by_update_norm),
+    **{f"autoclip({p})": before(partial(autoclip, p)) for p in (10, 50, 90)},
+    "ratchet(10)": before(partial(ratchet, 10)),
     "streaming_quantile(0.5)": by(thresholds.streaming_quantile(0.5)),
     "streaming_quantile(0.1)": by(thresholds.streaming_quantile(0.1)),
-    "lagged mean + 3 std": by(
-        thresholds.lagged(thresholds.mean_plus_std(3.0, window=128))
-    ),
+    "k_sigma_clip(3)": before(lambda: optaxclip.k_sigma_clip(3.0, window=128)),
+    "zclip, no cap": before(lambda: optaxclip.zclip(max_norm=math.inf)),
+    "zclip": before(optaxclip.zclip),
+    "adagc, no cap": before(lambda: optaxclip.adagc(max_norm=math.inf)),
+    "adagc": before(optaxclip.adagc),
+    "stable_spam_clip": before(optaxclip.stable_spam_clip),
     **{f"lagged median x {k}": by(median_times(k)) for k in (1, 2, 3)},
-    **{
-        f"clipped median x {k}": by(thresholds.clipped_history(median_times(k)))
-        for k in (1, 2)
-    },
-    "clipped percentile 10": by(
-        thresholds.clipped_history(thresholds.window_percentile(10, 128))
-    ),
-    **{f"change <= {100 * s:g} %": last(partial(relative, s)) for s in (0.03, 0.1)},
+    "clipped median x 2": by(thresholds.clipped_history(median_times(2))),
+    "change <= 3 %": last(partial(relative, 0.03)),
+    "autoclip(10), change <= 3 %": twice(partial(autoclip, 10), 0.03),
+    "ratchet(10), change <= 3 %": twice(partial(ratchet, 10), 0.03),
 }
 QUICK = ("none", "autoclip(10)", "lagged median x 2")
 
@@ -388,37 +420,39 @@ def look_first(task_name: str, params, rows, data):
 def compare(task_name: str, candidates, seeds: int, steps: int | None) -> list[Row]:
     """Trains one task with all candidates; returns a row for each and each rate."""
     task = TASKS[task_name]()
-    params, data = init_params(task_name, np.arange(seeds)), task[:4]
+    params, data = init_params(task_name, np.arange(seeds)), task.data
     segments = (steps or task.steps) // SEGMENT
     size = (segments, SEGMENT, task.batch_size)
     rows = np.stack(
         [
-            np.random.default_rng(seed).integers(len(task.x), size=size)
+            np.random.default_rng(seed).integers(len(data.x), size=size)
             for seed in range(seeds)
         ]
     )
     norm, start = look_first(task_name, params, rows[:, 0, 0], data)
-    rates = np.float32(task.rate * RATES)
+    rates = np.asarray(task.rate * RATES, np.float32)
 
-    def finals(candidate) -> tuple[np.ndarray, np.ndarray, float]:
-        began = time.perf_counter()
-        limits = [math.inf]
+    def finals(candidate) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        limits = np.asarray([math.inf])
         if candidate == TUNED:
             limits = np.median(norm) * MULTIPLES
         losses = np.stack(
             [
                 train(task_name, candidate, limit, rates, params, rows, data)
-                for limit in np.float32(limits)
+                for limit in np.asarray(limits, np.float32)
             ]
         )
         final = losses[..., -LAST:].astype(np.float64).mean(axis=-1)
         diverged = ~(final < np.asarray(start))
-        score = np.where(diverged, np.inf, task.score(final))
-        medians = np.median(np.minimum(score, 1e300), axis=-1)  # [limits, rates]
+        score = np.where(diverged, LOST, task.score(final))
+        medians = np.median(np.minimum(score, LOST), axis=-1)  # [limits, rates]
         best = medians.argmin(axis=0)
         lanes = np.arange(len(rates))
-        seconds = time.perf_counter() - began
-        return np.float32(limits)[best], medians.min(axis=0), diverged[best, lanes], seconds
+        return (
+            np.asarray(limits, np.float32)[best],
+            medians.min(axis=0),
+            diverged[best, lanes],
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(candidates, pool.map(finals, candidates), strict=True))
@@ -432,14 +466,18 @@ def compare(task_name: str, candidates, seeds: int, steps: int | None) -> list[R
             "seeds": seeds,
             "steps": segments * SEGMENT,
             "threshold": float(f"{limits[i]:.4g}") if candidate == TUNED else None,
-            "median": float(f"{medians[i]:.5g}"),
-            "ratio": float(f"{medians[i] / tuned_medians[i]:.5g}"),
+            "median": rounded(medians[i]),
+            "ratio": rounded(medians[i] / tuned_medians[i]),
             "diverged": int(diverged[i].sum()),
-            "seconds": round(seconds, 2),
         }
-        for candidate, (limits, medians, diverged, seconds) in found.items()
+        for candidate, (limits, medians, diverged) in found.items()
         for i in range(len(rates))
     ]
+
+
+def rounded(value: float) -> float | None:
+    """Keeps five digits; None where half of the runs diverged."""
+    return float(f"{value:.5g}") if value < LOST else None
 
 
 def print_task(rows: list[Row]) -> None:
@@ -448,23 +486,33 @@ def print_task(rows: list[Row]) -> None:
     for candidate in dict.fromkeys(row["candidate"] for row in rows):
         own = [row for row in rows if row["candidate"] == candidate]
         key = "median" if candidate == TUNED else "ratio"
-        cells = "".join(f"{row[key]:11.3g}" for row in own)
-        print(f"  {candidate:26}{cells}{sum(row['diverged'] for row in own):7}")
+        cells = "".join(f"{short(row[key]):>10}" for row in own)
+        print(f"  {candidate:30}{cells}{sum(row['diverged'] for row in own):7}")
+
+
+def short(value: float | None) -> str:
+    """Writes a number in at most six characters."""
+    return "inf" if value is None or value > 1e5 else f"{value:.3g}"
 
 
 def print_verdict(rows: list[Row]) -> None:
     """Prints how near each candidate comes to the tuned clip, the nearest first."""
-    lines = []
+    lines = {}
     for candidate in dict.fromkeys(row["candidate"] for row in rows):
         own = [row for row in rows if row["candidate"] == candidate]
-        ratios = np.minimum([row["ratio"] for row in own], 1e9)
-        runs = sum(row["seeds"] for row in own)
+        ratios = [LOST if row["ratio"] is None else row["ratio"] for row in own]
+        ratios = np.reshape(ratios, (-1, len(RATES)))  # of tasks and rates
+        near = ratios <= NEAR
+        shares = "".join(f"{share:6.0%}" for share in [near.mean(), *near.mean(axis=0)])
         lost = sum(row["diverged"] for row in own)
-        line = (np.mean(ratios <= NEAR), np.median(ratios), ratios.max(), lost, runs)
-        lines.append((candidate, *line))
-    print(f"\n{'over all':28}{'within 5 %':>12}{'median':>9}{'worst':>9}  diverged")
-    for name, near, median, worst, lost, runs in sorted(lines, key=lambda x: -x[1]):
-        print(f"  {name:26}{near:12.0%}{median:9.3f}{worst:9.3g}  {lost} of {runs}")
+        line = f"{shares}{short(np.median(ratios)):>9}{short(ratios.max()):>9}"
+        line += f"  {lost} of {sum(row['seeds'] for row in own)}"
+        lines[candidate] = near.mean(), -np.median(ratios), line
+    heads = f"{'all':>6}{'1 x':>6}{'2.2 x':>6}{'4.6 x':>6}{'10 x':>6}"
+    print(f"\n{'':32}within 5 %, by learning rate{'ratio':>15}")
+    print(f"{'over all tasks':30}{heads}{'median':>9}{'worst':>9}  diverged")
+    for name, line in sorted(lines.items(), key=lambda x: x[1][:2], reverse=True):
+        print(f"  {name:28}{line[2]}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -472,7 +520,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--tasks", nargs="+", choices=TASKS)
     add("--candidates", nargs="+", choices=CANDIDATES)
     add("--seeds", type=int, default=16)
     add("--steps", type=int, help="per run, instead of each task's own number")
@@ -480,7 +528,8 @@ def parse_args() -> argparse.Namespace:
     add("--quick", action="store_true", help="two tasks, three rules, 2 seeds")
     args = parser.parse_args()
     if args.quick:
-        args.tasks, args.seeds, args.steps = ["regression", "logistic"], 2, 40
+        args.seeds, args.steps = 2, 40
+    args.tasks = args.tasks or (["regression", "logistic"] if args.quick else [*TASKS])
     if args.seeds < 1 or (args.steps is not None and args.steps < LAST * SEGMENT):
         parser.error(f"--seeds must be at least 1, --steps at least {LAST * SEGMENT}")
     chosen = args.candidates or (QUICK if args.quick else CANDIDATES)

@@ -161,17 +161,17 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
             f"expected the magic number {0x800 + rank} of {kind} in {name}, got"
             f" {magic}: not an IDX file of bytes, or one under a wrong name."
         )
-    values = np.frombuffer(content, np.uint8)[4 + 4 * rank :]
-    if values.size != math.prod(shape):
+    start = 4 + 4 * rank
+    if len(content) != start + math.prod(shape):
         raise ValueError(
-            f"expected {math.prod(shape)} bytes in {name} after its header, which"
-            f" says shape {shape}, got {values.size}: the file is cut off or damaged."
+            f"expected {start + math.prod(shape)} bytes in {name}, whose header says"
+            f" shape {shape}, got {len(content)}: the file is cut off or damaged."
         )
     if shape[1:] not in ((), (28, 28)):
         raise ValueError(
             f"expected {kind} of shape (n, 28, 28) in {name}, got {shape}."
         )
-    return values.reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 def unzip(path: Path) -> bytes:
@@ -251,12 +251,13 @@ def needed(function: Callable) -> list[str]:
 class Network(nn.Module):
     """Many narrow layers of relu units, and a score for each class."""
 
+    layers: int
     units: int
 
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.glorot_uniform()
-        for _ in range(LAYERS):
+        for _ in range(self.layers):
             x = nn.relu(nn.Dense(self.units, kernel_init=init)(x))
         return nn.Dense(10, kernel_init=init, name="head")(x)
 
@@ -266,9 +267,8 @@ def sgd(learning_rate) -> optax.GradientTransformation:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-@partial(jax.vmap, in_axes=(None, None, 0))  # over the seeds
 def init_params(network: Network, pixels: int, seed):
-    """Draws the parameters of a run."""
+    """Draws the parameters of a run; under `vmap` it takes twice as long to compile."""
     return network.init(jax.random.key(seed), jnp.zeros((1, pixels)))["params"]
 
 
@@ -342,7 +342,8 @@ def train(
     A seed gives the same initial parameters and batches whatever the setting.
     """
     start = time.perf_counter()
-    params = init_params(network, data.x.shape[1], np.arange(seeds))
+    drawn = [init_params(network, data.x.shape[1], seed) for seed in range(seeds)]
+    params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
     run = init_run(setting, named, params)
     generators = [np.random.default_rng(seed) for seed in range(seeds)]
     recorded = []
@@ -369,7 +370,8 @@ def quartiles(values, axis=0) -> np.ndarray:
 
 def print_table(histories: dict[str, History]) -> None:
     """Prints one aligned line per setting."""
-    columns = "{:24} {:>7} {:>8}  {:>20}  {:>20} {:>8} {:>8}".format
+    width = max(map(len, histories))
+    columns = f"{{:{width}}} {{:>7}} {{:>8}}  {{:>21}}  {{:>20}} {{:>7}} {{:>7}}".format
     print(columns("", "runs", "runs at", "train loss", "test accuracy, %", "steps", ""))
     parts = "25 % / median / 75 %"
     print(columns("setting", "NaN", "guessing", parts, parts, "clipped", "seconds"))
@@ -396,30 +398,40 @@ def short(value: float) -> str:
 
 
 def plot_curves(histories: dict[str, History], path: Path) -> None:
-    """Draws the loss and the accuracy over the epochs: medians and quartiles."""
+    """Draws a column for each setting: the loss and the accuracy over the epochs."""
     from matplotlib import rcParams  # imported here, for it takes most of a second
     from matplotlib.figure import Figure
 
     rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, (name, history) in enumerate(histories.items()):
-        color = f"C{number}"
-        epochs = np.arange(1, history.loss.shape[1] + 1)
-        for ax, values in (left, history.loss), (right, 100 * history.accuracy):
-            low, middle, high = quartiles(values)
-            ax.plot(epochs, middle, color=color, label=name, linewidth=1.5)
-            ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-    left.axhline(math.log(10), color="k", linestyle=":", linewidth=1)
-    right.axhline(10, color="k", linestyle=":", linewidth=1)
-    left.set(xlabel="epoch", ylabel="loss on the training images", yscale="log")
-    right.set(xlabel="epoch", ylabel="accuracy on the test images, %", ylim=(0, 100))
-    seeds = len(next(iter(histories.values())).loss)
+    count = len(histories)
+    figure = Figure(figsize=(3 * count, 6), layout="constrained")
+    axes = figure.subplots(2, count, sharex=True, sharey="row")
+    curves = {
+        name: (quartiles(history.loss), 100 * quartiles(history.accuracy))
+        for name, history in histories.items()
+    }
+    epochs = np.arange(1, len(curves["no clip"][0][1]) + 1)
+    marker = "o" if epochs.size == 1 else ""
+    for number, name in enumerate(curves):
+        for row, guess in enumerate((math.log(10), 10)):
+            ax = axes[row, number]
+            for others in curves.values():
+                ax.plot(epochs, others[row][1], color="0.8", linewidth=0.8)
+            low, middle, high = curves[name][row]
+            ax.plot(epochs, middle, color=f"C{number}", marker=marker, linewidth=1.8)
+            ax.fill_between(
+                epochs, low, high, color=f"C{number}", alpha=0.25, linewidth=0
+            )
+            ax.axhline(guess, color="k", linestyle=":", linewidth=1)
+        axes[0, number].set(title=name, ylim=(0, 2.6))
+        axes[1, number].set(xlabel="epoch", ylim=(0, 100))
+    axes[0, 0].set_ylabel("loss on the training images")
+    axes[1, 0].set_ylabel("accuracy on the test images, %")
+    seeds = len(histories["no clip"].loss)
     figure.suptitle(
-        f"Medians of {seeds} runs and bands between their quartiles (dotted: guessing)"
+        f"Median of {seeds} runs and a band between their quartiles (dotted: guessing;"
+        " grey: the medians of the other panels)"
     )
-    lines = left.get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
@@ -537,7 +549,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     with tqdm(total=total, desc="training", unit="epoch") as bar:
 
         def run(setting: Setting, named: Clip = NO_CLIP) -> History:
-            network, size = Network(options.units), (options.seeds, options.epochs)
+            network, size = (
+                Network(LAYERS, options.units),
+                (options.seeds, options.epochs),
+            )
             return train(network, setting, named, *size, options.data, bar.update)
 
         histories = {name: run(setting) for name, setting in settings.items()}

@@ -1,6 +1,37 @@
-"""Classifies images with a narrow, deep network, with and without clips.
+"""Classifies images with a narrow, deep network: without a clip it ends up guessing.
 
-EXPECTED
+This is the tutorials' experiment, which they do on Fashion-MNIST. Eight hidden layers
+of eight relu units are trained by SGD with momentum 0.9 and a learning rate of 0.1.
+Without a clip the first epochs throw the network to where it says the same of every
+image, and it never comes back. Four settings are compared: no clip, a clip of the
+values, of the global norm, and adaptive gradient clipping (AGC, by the norm of the
+parameters); any other clip of the library by its name. The last line is the fair
+baseline: no clip, and the best of four smaller learning rates.
+
+Run:
+    python examples/image_classifier.py             # 16 seeds, 20 s on two cores
+    python examples/image_classifier.py --quick     # 2 seeds, 15 epochs
+    python examples/image_classifier.py --clip clip_by_group_norm=0.1 --clip NAME
+    python examples/image_classifier.py --data-dir FOLDER   # Fashion-MNIST, 3 minutes
+    python examples/image_classifier.py --openml            # downloads it
+
+Expected (accuracy on test images in %, medians of 16 seeds):
+                          digits, epochs      digits, 32 units    Fashion-MNIST
+                          10     40    120    40 epochs           5 epochs
+    no clip               10     10     10    10, 6 runs NaN      10
+    values within 0.01    63     79     81    90                  59
+    global norm 0.3       41     73     83    92                  76
+    AGC 0.01              46     77     86    90                  78
+    no clip, tuned        41     77     86    92                  80
+With a clip a learning rate works that is ten times too large, and where time is short
+the clip of the values learns most. In the end a learning rate that is chosen as
+carefully as the thresholds needs no clip: it is as good on digits, and better than all
+clips where the network is wider (`--units 32`: the train loss is 0.003, that with clips
+0.02 and more) and on Fashion-MNIST, for which the thresholds were not chosen. To be
+wrong costs less with a clip: a threshold three times too large or small up to 21
+points, a learning rate without a clip 20 and 30. Seeds differ: of 64 the medians after
+40 epochs are 79, 77, 79 and 77.
+One figure is written: loss and accuracy over the epochs.
 """
 
 import argparse
@@ -72,7 +103,7 @@ class Data(NamedTuple):
 
 
 class History(NamedTuple):
-    """What was recorded of the runs from all seeds with one clip."""
+    """What was recorded of the runs from all seeds in one setting."""
 
     loss: np.ndarray  # [seeds, epochs], on all training rows, after each epoch
     accuracy: np.ndarray  # [seeds, epochs], on the test rows, after each epoch
@@ -425,6 +456,7 @@ def plot_curves(histories: dict[str, History], path: Path) -> None:
             ax.axhline(guess, color="k", linestyle=":", linewidth=1)
         axes[0, number].set(title=name, ylim=(0, 2.6))
         axes[1, number].set(xlabel="epoch", ylim=(0, 100))
+        axes[1, number].xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("loss on the training images")
     axes[1, 0].set_ylabel("accuracy on the test images, %")
     seeds = len(histories["no clip"].loss)

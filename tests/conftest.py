@@ -27,7 +27,13 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # Their tests share a run of an example, which takes as long as a hundred other tests.
 # The first tests go to one worker in one piece, so that it runs once.
-WHOLE_RUNS = ("char_lstm", "lstm_handwriting", "sharded_transformer", "survive")
+WHOLE_RUNS = (
+    "char_lstm",
+    "image_classifier",
+    "lstm_handwriting",
+    "sharded_transformer",
+    "survive",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._attention import qk_clip as qk_clip
 from optaxclip._clips import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -44,6 +45,10 @@ from optaxclip._values import (
     ClipByValueState as ClipByValueState,
     clip as clip,
     clip_by_value as clip_by_value,
+)
+from optaxclip._weights import (
+    clip_by_trust_ratio as clip_by_trust_ratio,
+    clippy as clippy,
 )
 from optaxclip.norms import global_norm as global_norm
 

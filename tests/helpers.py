@@ -288,6 +288,20 @@ def unclipped_together(updates, params):
     return by_label(every_leaf_together, constant(np.inf))(updates, params)
 
 
+def params_norm_or_none(label, norm, params):
+    return vector_norm(params) or np.inf
+
+
+def clippy(updates, params):
+    """The largest ratio of an update to its allowance as a norm of its leaf."""
+
+    def one(u, w):
+        ratios = np.abs(u) / (0.25 * np.abs(w) + 0.5)
+        return multiply(u, np.max(ratios), 1.0, np_rescale)
+
+    return jax.tree.map(one, updates, params)
+
+
 # --------------------------------------------------------------------------------------
 # The table of clips
 # --------------------------------------------------------------------------------------
@@ -456,6 +470,11 @@ TABLE: dict[str, Row] = {
             lambda _, norm, params: 0.25 * max(vector_norm(params), 1e-3),
         ),
     ),
+    "trust_ratio": Row(
+        lambda t=1.0: oc.clip_by_trust_ratio(1.0, 1.0 * t),
+        by_label(each_leaf, params_norm_or_none),
+    ),
+    "clippy": Row(lambda t=1.0: oc.clippy(0.25 * t, 0.5 * t), clippy),
     "bare_rule": Row(
         lambda t=1.0: oc.clip_by(norms.leaf_norms, optax.scale(0.5 * t)),
         by_label(each_leaf, lambda _, norm, params: 0.5 * norm),
@@ -544,6 +563,8 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
         oc.adaptive_grad_clip,
         {"clipping": 0.25, "exclude": ("head",)},
     ),
+    "clip_by_trust_ratio": (oc.clip_by_trust_ratio, {"trust_coefficient": 0.25}),
+    "clippy": (oc.clippy, {}),
     "normalize_by_update_norm": (
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},

@@ -39,6 +39,10 @@ from optaxclip._per_example import (
     adapt_max_norm as adapt_max_norm,
     per_example_clipped_grad as per_example_clipped_grad,
 )
+from optaxclip._robust import (
+    CenteredClip as CenteredClip,
+    centered_clip as centered_clip,
+)
 from optaxclip._splits import over_axes as over_axes
 from optaxclip._summary import summary as summary
 from optaxclip._values import (

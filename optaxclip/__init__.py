@@ -34,6 +34,7 @@ from optaxclip._inputs import (
     zero_nonfinite as zero_nonfinite,
 )
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
+from optaxclip._matrices import clip_singular_values as clip_singular_values
 from optaxclip._per_example import (
     PerExample as PerExample,
     adapt_max_norm as adapt_max_norm,
@@ -42,6 +43,10 @@ from optaxclip._per_example import (
 from optaxclip._robust import (
     CenteredClip as CenteredClip,
     centered_clip as centered_clip,
+)
+from optaxclip._spectral_norm import (
+    SpectralNormState as SpectralNormState,
+    clip_by_spectral_norm as clip_by_spectral_norm,
 )
 from optaxclip._splits import over_axes as over_axes
 from optaxclip._summary import summary as summary

@@ -155,6 +155,15 @@ def fresh(
     )
 
 
+class Decision(NamedTuple):
+    """What is allowed, the factors in their two parts, and the new state."""
+
+    max_norms: _scopes.Packed
+    scales: _scopes.Packed
+    rests: _scopes.Packed
+    state: Any
+
+
 def clipped(
     rule: Rule,
     leaves: _leaves.Leaves,
@@ -164,6 +173,20 @@ def clipped(
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, Any]:
     """Returns the updates times their factors, and the new state."""
+    found = decided(rule, leaves, measured, state, params, extra_args)
+    updates = multiplied(leaves, measured.scopes, found.scales, found.rests)
+    return updates, found.state
+
+
+def decided(
+    rule: Rule,
+    leaves: _leaves.Leaves,
+    measured: _scopes.Measured,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> Decision:
+    """Returns what to do about norms that somebody measured."""
     old: Any = None if isinstance(state, optax.EmptyState) else state
     _checks.state(old, ClipState)
     threshold = rule.threshold
@@ -177,11 +200,11 @@ def clipped(
     )
     max_norms = jax.tree.map(lambda x: jnp.maximum(x, 0), max_norms)
     scales, rests = scope_factors(rule.factor, measured, max_norms)
-    updates = multiplied(leaves, measured.scopes, scales, rests)
     if old is None:
-        return updates, state
+        return Decision(max_norms, scales, rests, state)
     totals = jax.tree.map(jnp.multiply, scales, rests)
-    return updates, _next(old, measured, max_norms, totals, rule_state)
+    new = _next(old, measured, max_norms, totals, rule_state)
+    return Decision(max_norms, scales, rests, new)
 
 
 def scope_factors(

@@ -106,7 +106,8 @@ def clip_singular_values(
 def _decomposed(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns U, s and the conjugate transpose of V; of a column without any work."""
     if x.shape[-1] > 1:
-        return jnp.linalg.svd(x, full_matrices=False)
+        u, s, vh = jnp.linalg.svd(x, full_matrices=False, compute_uv=True)
+        return u, s, vh
     size = _reduce.root(jnp.sum(_reduce.square(x), axis=-2, keepdims=True), 2)
     ones = jnp.ones_like(x[..., :1, :])
     return x / jnp.where(size == 0, 1, size), size[..., 0], ones

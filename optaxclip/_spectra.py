@@ -36,11 +36,10 @@ def put_like(x: jax.Array, leaf: Any) -> jax.Array:
 
     There a decomposition refuses what is spread; elsewhere the compiler gathers it.
     """
-    own = getattr(jax.typeof(x if leaf is None else leaf), "sharding", None)
-    spec = getattr(own, "spec", ())
-    if own is None or not any(isinstance(e, str | tuple) and e for e in spec):
+    own: Any = getattr(jax.typeof(x if leaf is None else leaf), "sharding", None)
+    if own is None or not any(isinstance(e, str | tuple) and e for e in own.spec):
         return x
-    to = PartitionSpec() if leaf is None else spec
+    to = PartitionSpec() if leaf is None else own.spec
     return jax.sharding.reshard(x, NamedSharding(own.mesh, to))
 
 

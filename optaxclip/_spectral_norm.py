@@ -51,11 +51,11 @@ def clip_by_spectral_norm(
     thousandth after some updates. On one of normal noise, where singular values lie
     closest, a first step with 4 steps finds 90 % and with 16 steps 98 %. The start is a
     fixed vector of normal noise. A hundredth of it is mixed in at every update, so
-    that a direction which was absent before is found when it appears.
+    that a direction which was absent before is found when it appears; while one overtakes another, it may be 7 % low.
 
     Guarantees: those of :func:`clip_by_leaf_norm`, for each matrix by itself; but
-    inside ``shard_map`` a leaf that is split over devices raises. A step at which a
-    matrix is zero, or has a NaN or an infinity, leaves its vector as it was. The
+    inside ``shard_map`` a leaf that is split over devices raises, and one that is
+    spread over explicit mesh axes is gathered. A step at which a matrix is zero, or has a NaN or an infinity, leaves its vector as it was. The
     derivative takes the vector for a constant, as it is at the maximum.
 
     Args:

@@ -51,12 +51,14 @@ def clip_by_spectral_norm(
     thousandth after some updates. On one of normal noise, where singular values lie
     closest, a first step with 4 steps finds 90 % and with 16 steps 98 %. The start is a
     fixed vector of normal noise. A hundredth of it is mixed in at every update, so
-    that a direction which was absent before is found when it appears; while one overtakes another, it may be 7 % low.
+    that a direction which was absent before is found when it appears; while one slowly
+    overtakes another, the estimate was 7 % low for some updates.
 
     Guarantees: those of :func:`clip_by_leaf_norm`, for each matrix by itself; but
     inside ``shard_map`` a leaf that is split over devices raises, and one that is
-    spread over explicit mesh axes is gathered. A step at which a matrix is zero, or has a NaN or an infinity, leaves its vector as it was. The
-    derivative takes the vector for a constant, as it is at the maximum.
+    spread over explicit mesh axes is gathered. A step at which a matrix is zero, or has
+    a NaN or an infinity, leaves its vector as it was. The derivative takes the vector
+    for a constant, as it is at the maximum.
 
     Args:
       max_norm: largest spectral norm; any threshold of :func:`clip_by`. A rule with a
@@ -86,9 +88,7 @@ def clip_by_spectral_norm(
       <https://arxiv.org/abs/1802.05957>`_, 2018, for the iteration
     """
     _checks.threshold(max_norm, "max_norm")
-    is_int = isinstance(num_steps, int | np.integer) and not isinstance(num_steps, bool)
-    if isinstance(num_steps, _checks.STATIC) and (not is_int or num_steps < 1):
-        raise ValueError(f"Expected num_steps >= 1, an int, got {num_steps!r}.")
+    _check_steps(num_steps)
 
     def init_fn(params: optax.Params) -> _engine.ClipState:
         leaves = _leaves.flatten(params, abstract=True)
@@ -116,6 +116,12 @@ def clip_by_spectral_norm(
         return clipped, new._replace(rule_state=kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_steps(num_steps: ArrayLike) -> None:
+    is_int = isinstance(num_steps, int | np.integer) and not isinstance(num_steps, bool)
+    if isinstance(num_steps, _checks.STATIC) and (not is_int or num_steps < 1):
+        raise ValueError(f"Expected num_steps >= 1, an int, got {num_steps!r}.")
 
 
 def _start(x: jax.ShapeDtypeStruct) -> jax.Array:

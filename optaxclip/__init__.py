@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._attention import qk_clip as qk_clip
 from optaxclip._clips import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -33,10 +34,15 @@ from optaxclip._inputs import (
     zero_nonfinite as zero_nonfinite,
 )
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
+from optaxclip._matrices import clip_singular_values as clip_singular_values
 from optaxclip._per_example import (
     PerExample as PerExample,
     adapt_max_norm as adapt_max_norm,
     per_example_clipped_grad as per_example_clipped_grad,
+)
+from optaxclip._robust import (
+    CenteredClip as CenteredClip,
+    centered_clip as centered_clip,
 )
 from optaxclip._rules import (
     AdaClipState as AdaClipState,
@@ -47,12 +53,20 @@ from optaxclip._rules import (
     stable_spam_clip as stable_spam_clip,
     zclip as zclip,
 )
+from optaxclip._spectral_norm import (
+    SpectralNormState as SpectralNormState,
+    clip_by_spectral_norm as clip_by_spectral_norm,
+)
 from optaxclip._splits import over_axes as over_axes
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,
     clip as clip,
     clip_by_value as clip_by_value,
+)
+from optaxclip._weights import (
+    clip_by_trust_ratio as clip_by_trust_ratio,
+    clippy as clippy,
 )
 from optaxclip.norms import global_norm as global_norm
 

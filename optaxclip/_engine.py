@@ -117,18 +117,7 @@ def clip_by(
 
     def init_fn(params: optax.Params) -> ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        zeros = _scopes.zeros(formula, leaves)
-        zero = zeros.norms
-        if isinstance(zero, _scopes.Units):
-            zero = jnp.zeros_like(zero.whole, shape=len(zero.is_whole))
-        return ClipState(
-            update_count=jnp.zeros((), jnp.int32),
-            norms=zero,
-            max_norms=jnp.full_like(zero, jnp.inf),
-            factors=jnp.ones_like(zero),
-            clipped_count=jnp.zeros_like(zero, jnp.int32),
-            rule_state=_limits.init(threshold, zeros, leaves),
-        )
+        return fresh(threshold, _scopes.zeros(formula, leaves), leaves)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -136,25 +125,86 @@ def clip_by(
         leaves = _leaves.flatten(updates)
         _splits.check_summed(leaves, params)
         measured = _scopes.measure(formula, leaves)
-        old: Any = None if isinstance(state, optax.EmptyState) else state
-        _checks.state(old, ClipState)
-        if old is None:
-            count = jnp.zeros((), jnp.int32)
-            past = _limits.stateless(threshold, measured, leaves)
-        else:
-            count, past = old.update_count, old.rule_state
-        max_norms, rule_state = _limits.update(
-            threshold, measured, count, past, leaves, params, extra_args
-        )
-        max_norms = jax.tree.map(lambda x: jnp.maximum(x, 0), max_norms)
-        scales, rests = scope_factors(factor, measured, max_norms)
-        updates = multiplied(leaves, measured.scopes, scales, rests)
-        if old is None:
-            return updates, state
-        totals = jax.tree.map(jnp.multiply, scales, rests)
-        return updates, _next(old, measured, max_norms, totals, rule_state)
+        rule = Rule(threshold, factor)
+        return clipped(rule, leaves, measured, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class Rule(NamedTuple):
+    """What to do about a norm."""
+
+    threshold: Threshold
+    factor: Factor
+
+
+def fresh(
+    threshold: Threshold, zeros: _scopes.Measured, leaves: _leaves.Leaves
+) -> ClipState:
+    """Returns the state before the first step, given norms of zero."""
+    zero = zeros.norms
+    if isinstance(zero, _scopes.Units):
+        zero = jnp.zeros_like(zero.whole, shape=len(zero.is_whole))
+    return ClipState(
+        update_count=jnp.zeros((), jnp.int32),
+        norms=zero,
+        max_norms=jnp.full_like(zero, jnp.inf),
+        factors=jnp.ones_like(zero),
+        clipped_count=jnp.zeros_like(zero, jnp.int32),
+        rule_state=_limits.init(threshold, zeros, leaves),
+    )
+
+
+class Decision(NamedTuple):
+    """What is allowed, the factors in their two parts, and the new state."""
+
+    max_norms: _scopes.Packed
+    scales: _scopes.Packed
+    rests: _scopes.Packed
+    state: Any
+
+
+def clipped(
+    rule: Rule,
+    leaves: _leaves.Leaves,
+    measured: _scopes.Measured,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, Any]:
+    """Returns the updates times their factors, and the new state."""
+    found = decided(rule, leaves, measured, state, params, extra_args)
+    updates = multiplied(leaves, measured.scopes, found.scales, found.rests)
+    return updates, found.state
+
+
+def decided(
+    rule: Rule,
+    leaves: _leaves.Leaves,
+    measured: _scopes.Measured,
+    state: Any,
+    params: Any,
+    extra_args: dict[str, Any],
+) -> Decision:
+    """Returns what to do about norms that somebody measured."""
+    old: Any = None if isinstance(state, optax.EmptyState) else state
+    _checks.state(old, ClipState)
+    threshold = rule.threshold
+    if old is None:
+        count = jnp.zeros((), jnp.int32)
+        past = _limits.stateless(threshold, measured, leaves)
+    else:
+        count, past = old.update_count, old.rule_state
+    max_norms, rule_state = _limits.update(
+        threshold, measured, count, past, leaves, params, extra_args
+    )
+    max_norms = jax.tree.map(lambda x: jnp.maximum(x, 0), max_norms)
+    scales, rests = scope_factors(rule.factor, measured, max_norms)
+    if old is None:
+        return Decision(max_norms, scales, rests, state)
+    totals = jax.tree.map(jnp.multiply, scales, rests)
+    new = _next(old, measured, max_norms, totals, rule_state)
+    return Decision(max_norms, scales, rests, new)
 
 
 def scope_factors(
@@ -187,8 +237,9 @@ def _up(
     half, full = 2.0 ** (info.maxexp // 2), 2.0 ** (info.maxexp - 2)
     loss = 2.0 ** (info.nmant + 2)
     one = jnp.ones_like(norm)
-    up = jnp.where(max_norm * (power * (half * loss)) < norm, half, one)
-    up = jnp.where(max_norm * (power * (half * loss)) * (full / half) < norm, full, up)
+    reach = max_norm * (power * (half * loss))
+    up = jnp.where(reach < norm, half, one)
+    up = jnp.where(reach < norm * (half / full), full, up)
     is_tiny = (plain * (half * loss) < 1) & (power <= 1)
     return jax.lax.stop_gradient(jnp.where(is_tiny, up, one))
 

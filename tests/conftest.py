@@ -29,6 +29,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 # The first tests go to one worker in one piece, so that it runs once.
 WHOLE_RUNS = (
     "char_lstm",
+    "image_classifier",
     "lstm_handwriting",
     "rules_compared",
     "sharded_transformer",

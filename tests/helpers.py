@@ -112,13 +112,29 @@ def tolerance(dtype) -> tuple[float, float]:
     return eps, float(info.smallest_subnormal)
 
 
-def assert_close(actual: Tree, expected: Tree, *, rtol: float | None = None) -> None:
-    """Leaf by leaf in float64, to one rounding of each leaf's own dtype."""
+# Clips whose result is a product of matrices. An element of it is a sum, and a small
+# one has the rounding of the largest.
+PRODUCTS = ("singular_values",)
+
+
+def assert_close(
+    actual: Tree, expected: Tree, *, rtol: float | None = None, of: str = ""
+) -> None:
+    """Leaf by leaf in float64, to one rounding of each leaf's own dtype.
+
+    Args:
+      actual: what came.
+      expected: what is right.
+      rtol: another relative tolerance.
+      of: name of the clip, of which some round differently.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     names = paths_of(actual)
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for name, (ours, right) in zip(names, pairs, strict=True):
         relative, absolute = tolerance(jnp.asarray(ours).dtype)
+        if of in PRODUCTS and np.size(right):
+            absolute += relative * np.max(np.nan_to_num(np.abs(truth(right))))
         np.testing.assert_allclose(
             truth(ours),
             truth(right),
@@ -286,6 +302,33 @@ def unclipped(updates, params):
 
 def unclipped_together(updates, params):
     return by_label(every_leaf_together, constant(np.inf))(updates, params)
+
+
+def params_norm_or_none(label, norm, params):
+    return vector_norm(params) or np.inf
+
+
+def clippy(updates, params):
+    """The largest ratio of an update to its allowance as a norm of its leaf."""
+
+    def one(u, w):
+        ratios = np.abs(u) / (0.25 * np.abs(w) + 0.5)
+        return multiply(u, np.max(ratios), 1.0, np_rescale)
+
+    return jax.tree.map(one, updates, params)
+
+
+def by_matrix(clipped: Callable[..., np.ndarray]):
+    """A function of a matrix and its decomposition; a vector is a column."""
+
+    def one(x):
+        matrix = x if x.ndim > 1 else x.reshape(-1, 1)
+        if not np.isfinite(matrix).all():
+            return x * np.nan
+        u, s, vh = np.linalg.svd(matrix, full_matrices=False)
+        return clipped(matrix, u, s, vh).reshape(x.shape)
+
+    return lambda updates, params: jax.tree.map(one, updates)
 
 
 # --------------------------------------------------------------------------------------
@@ -466,6 +509,19 @@ TABLE: dict[str, Row] = {
             lambda _, norm, params: 0.25 * max(vector_norm(params), 1e-3),
         ),
     ),
+    "trust_ratio": Row(
+        lambda t=1.0: oc.clip_by_trust_ratio(1.0, 1.0 * t),
+        by_label(each_leaf, params_norm_or_none),
+    ),
+    "clippy": Row(lambda t=1.0: oc.clippy(0.25 * t, 0.5 * t), clippy),
+    "singular_values": Row(
+        lambda t=1.0: oc.clip_singular_values(1.0 * t),
+        by_matrix(lambda x, u, s, vh: u * np.minimum(s, 1.0) @ vh),
+    ),
+    "spectral_norm": Row(
+        lambda t=1.0: oc.clip_by_spectral_norm(1.0 * t, 1000),
+        by_matrix(lambda x, u, s, vh: x * np_rescale(s[0], 1.0)),
+    ),
     "bare_rule": Row(
         lambda t=1.0: oc.clip_by(norms.leaf_norms, optax.scale(0.5 * t)),
         by_label(each_leaf, lambda _, norm, params: 0.5 * norm),
@@ -572,6 +628,10 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
         oc.adaptive_grad_clip,
         {"clipping": 0.25, "exclude": ("head",)},
     ),
+    "clip_by_trust_ratio": (oc.clip_by_trust_ratio, {"trust_coefficient": 0.25}),
+    "clippy": (oc.clippy, {}),
+    "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),
+    "clip_by_spectral_norm": (oc.clip_by_spectral_norm, {"max_norm": 1.0}),
     "normalize_by_update_norm": (
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},

@@ -98,7 +98,7 @@ def test_keeps_structure_shapes_and_dtypes(name, dtype):
 def test_the_first_step_is_the_formula_in_float64_rounded_once(name, dtype):
     updates, params = helpers.updates_and_params(dtype)
     clipped, expected = step_and_reference(name, dtype, updates, params)
-    helpers.assert_close(clipped, expected)
+    helpers.assert_close(clipped, expected, of=name)
 
 
 @every_clip_and_dtype(exempt=NO_ORDER)
@@ -107,7 +107,7 @@ def test_a_nan_makes_its_whole_scope_nan_and_leaves_the_others(name, dtype):
     updates = helpers.vary(updates, "dense/kernel", np.nan)
     clipped, expected = step_and_reference(name, dtype, updates, params)
     assert np.isnan(expected["dense"]["kernel"]).any()
-    helpers.assert_close(clipped, expected)
+    helpers.assert_close(clipped, expected, of=name)
 
 
 @every_clip_and_dtype(exempt=NO_ORDER | NO_INFINITY)
@@ -117,7 +117,7 @@ def test_an_infinity_makes_its_scope_nan_or_becomes_the_bound(name, dtype):
     clipped, expected = step_and_reference(name, dtype, updates, params)
     finite = np.isfinite(expected["dense"]["kernel"]).all()
     assert finite == (name in helpers.ELEMENTWISE)
-    helpers.assert_close(clipped, expected)
+    helpers.assert_close(clipped, expected, of=name)
 
 
 @every_clip_and_dtype(exempt=NO_ORDER)

@@ -1,0 +1,82 @@
+"""What the clips of matrices share: which those are, and their size as a norm.
+
+A leaf is a stack of matrices, its last two axes; one of rank 0 or 1 is a column.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optaxclip import _leaves, _scopes, _splits
+
+
+def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
+    """Returns the counted leaves as stacks of matrices.
+
+    Raises:
+      ValueError: one is split over devices.
+    """
+    for split, path in zip(_splits.splits(leaves), leaves.paths(), strict=True):
+        if split.axes:
+            raise ValueError(
+                f"Expected whole matrices, got {path!r} split over the mesh axes"
+                f" {sorted(split.axes)}: its singular values are not those of its"
+                ' pieces. Gather it, by `jax.lax.all_gather(..., to="invarying")`, or'
+                " clip under `jit`, outside of `shard_map`."
+            )
+    whole = [put_like(x, None) for x in leaves.measured()]
+    return [x if x.ndim > 1 else x.reshape(-1, 1) for x in whole]
+
+
+def put_like(x: jax.Array, leaf: Any) -> jax.Array:
+    """Returns x, spread like a leaf or not at all, where types say how (explicit axes).
+
+    There a decomposition refuses what is spread; elsewhere the compiler gathers it.
+    """
+    own: Any = getattr(jax.typeof(x if leaf is None else leaf), "sharding", None)
+    if own is None or not any(isinstance(e, str | tuple) and e for e in own.spec):
+        return x
+    to = PartitionSpec() if leaf is None else own.spec
+    return jax.sharding.reshard(x, NamedSharding(own.mesh, to))
+
+
+def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns matrices in units whose squares are in range, and these powers of two.
+
+    One with a NaN or an infinity is 0 in a unit of NaN.
+    """
+    parts = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag))
+    largest = jnp.max(parts, axis=(-2, -1), keepdims=True)
+    is_finite = jnp.isfinite(largest)
+    usable = jnp.where(is_finite & (largest > 0), largest, 1)
+    mantissa, _ = jnp.frexp(jax.lax.stop_gradient(usable))
+    end = 2.0 ** (3 * jnp.finfo(usable.dtype).maxexp // 4)
+    unit = jnp.clip(jax.lax.stop_gradient(usable) / (2 * mantissa), 1 / end, end)
+    return jnp.where(is_finite, x, 0) / unit, jnp.where(is_finite, unit, jnp.nan)
+
+
+def as_norms(sizes: Sequence[jax.Array], units: Sequence[jax.Array]) -> Any:
+    """Returns the sizes of matrices in their units, dimensions kept, as norms."""
+    scopes = tuple((i,) for i in range(len(sizes)))
+    norms = [x + 0 * unit for x, unit in zip(sizes, units, strict=True)]
+    powers = [1 / jnp.where(jnp.isnan(unit), 1, unit) for unit in units]
+    return _scopes.Measured(_packed(norms), _packed(powers), scopes, frozenset())
+
+
+def zeros(leaves: _leaves.Leaves) -> Any:
+    """Returns norms of zero for all matrices."""
+    shapes = [(*x.shape[:-2], 1, 1) for x in leaves.abstract()]
+    nothing = [jnp.zeros(shape, leaves.dtype) for shape in shapes]
+    return as_norms(nothing, [jnp.ones_like(x) for x in nothing])
+
+
+def _packed(values: list[jax.Array]) -> Any:
+    is_whole = tuple(x.ndim == 2 for x in values)
+    whole = [x.reshape(1) for x in values if x.ndim == 2]
+    parts = [x for x in values if x.ndim > 2]
+    dtype = values[0].dtype if values else jnp.float32
+    vector = jnp.concatenate([jnp.zeros(0, dtype), *whole])
+    return _scopes.Units(vector, parts, is_whole) if parts else vector

@@ -39,6 +39,10 @@ from optaxclip._per_example import (
     per_example_clipped_grad as per_example_clipped_grad,
 )
 from optaxclip._splits import over_axes as over_axes
+from optaxclip._stable_adamw import (
+    StableAdamWState as StableAdamWState,
+    stable_adamw as stable_adamw,
+)
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,

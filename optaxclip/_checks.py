@@ -45,6 +45,24 @@ def number(
             )
 
 
+def decay(value: Any, what: str) -> None:
+    """Raises unless ``value`` is the weight of the past in an average."""
+    number(value, what, minimum=-math.inf)
+    if isinstance(value, STATIC) and not 0 <= float(value) < 1:
+        raise ValueError(
+            f"Expected 0 <= {what} < 1, got {value}: the weight of the past."
+        )
+
+
+def steps(value: Any, what: str, minimum: int, remedy: str = "") -> None:
+    """Raises unless ``value`` is a number of steps, possibly traced."""
+    kinds = f"a whole number >= {minimum}"
+    number(value, what, -math.inf, kinds)
+    is_whole = np.dtype(getattr(value, "dtype", type(value))).kind in "iu"
+    if not is_whole or (isinstance(value, STATIC) and value < minimum):
+        raise ValueError(f"Expected {what} to be {kinds}, got {value}.{remedy}")
+
+
 def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
     """Raises unless ``value`` is a number, a schedule, a rule or maps to those."""
     if isinstance(value, Mapping):

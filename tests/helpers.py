@@ -288,6 +288,17 @@ def unclipped_together(updates, params):
     return by_label(every_leaf_together, constant(np.inf))(updates, params)
 
 
+def adam_step(update):
+    """The first step of StableAdamW, whose scope is the leaf: a NaN fills it."""
+    with np.errstate(all="ignore"):
+        step = -0.5 * update / (np.abs(update) + 1e-6)
+    return step if np.isfinite(update).all() else np.full_like(update, np.nan)
+
+
+def each_by_itself(step):
+    return lambda updates, params: jax.tree.map(step, updates)
+
+
 # --------------------------------------------------------------------------------------
 # The table of clips
 # --------------------------------------------------------------------------------------
@@ -510,6 +521,10 @@ TABLE: dict[str, Row] = {
         ),
         by_label(each_leaf, by_prefix({"dense/": np.inf}, 1.0)),
     ),
+    "stable_adamw": Row(
+        lambda t=1.0: oc.stable_adamw(0.5 * t, weight_decay=0.0),
+        each_by_itself(adam_step),
+    ),
 }
 
 clips: dict[str, Callable[..., Clip]] = {name: row.make for name, row in TABLE.items()}
@@ -517,6 +532,9 @@ references = {name: row.reference for name, row in TABLE.items()}
 
 # Clips of single elements: their scope is the element, they carry no norm.
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))
+
+# What keeps arrays like the params in its state, and no statistics of its own.
+REMEMBERING = ("stable_adamw",)
 
 # What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
 named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
@@ -547,6 +565,10 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
     "normalize_by_update_norm": (
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},
+    ),
+    "stable_adamw": (
+        oc.stable_adamw,
+        {"learning_rate": 0.5, "b1": 0.5, "b2": 0.75, "eps": 0.5, "weight_decay": 0.25},
     ),
 }
 

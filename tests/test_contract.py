@@ -35,10 +35,12 @@ ALWAYS_ACTIVE = {
     "normalize": "sets the norm, also of a small update",
     "normalize_by_update_norm": "sets the norm, also of a small update",
     "soften": "shrinks every update a little",
+    "stable_adamw": "is a whole optimizer: its threshold is the learning rate",
 }
 NEVER_INFINITE = {
     "normalize": "would ask for an infinite norm",
     "normalize_by_update_norm": "would ask for an infinite norm",
+    "stable_adamw": "would ask for an infinite learning rate",
 }
 NOT_ZERO_AT_ONCE = {
     "lagged_global": "the first step has no history, so it allows everything",
@@ -48,7 +50,9 @@ NOT_ZERO_AT_ONCE = {
     "mapping_of_rules": "the first step of its rule has no history",
     "agc_excluding": "an excluded leaf is never clipped",
 }
-NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE}
+NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE} | {
+    name: "keeps a memory of every element" for name in helpers.REMEMBERING
+}
 # The exemptions by dtype: {(clip, dtype): reason}.
 NO_ORDER = {
     ("value_asymmetric", "complex64"): "complex numbers have no order: see test_errors"
@@ -421,16 +425,20 @@ def test_inject_hyperparams_needs_no_static_args(name, dtype):
 
 
 @every_clip()
-def test_no_part_of_the_state_is_taken_for_params(name):
+def test_what_is_like_the_params_in_a_state_is_found_and_nothing_else(name):
     clip, params = clips[name](), helpers.random_tree()
+    shapes = jax.tree.map(jnp.shape, params)
+    state = clip.init(params)
     kinds = optax.tree.map_params(
         clip,
-        lambda _: "params",
-        clip.init(params),
+        lambda x, shape: "params" if x.shape == shape else "odd",
+        state,
+        shapes,
         transform_non_params=lambda _: "own",
     )
-    assert "params" not in jax.tree.leaves(kinds)
-    assert jax.tree.structure(kinds) == jax.tree.structure(clip.init(params))
+    found = set(jax.tree.leaves(kinds))
+    assert found == {"own"} | ({"params"} if name in helpers.REMEMBERING else set())
+    assert jax.tree.structure(kinds) == jax.tree.structure(state)
 
 
 # --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from optaxclip._cotangents import (
     clip_preactivation as clip_preactivation,
     cotangent_stats as cotangent_stats,
 )
+from optaxclip._elements import SpamState as SpamState, spam_clip as spam_clip
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
 from optaxclip._example_clips import (
     per_example_global_norm_clip as per_example_global_norm_clip,
@@ -48,6 +49,12 @@ from optaxclip._values import (
     ClipByValueState as ClipByValueState,
     clip as clip,
     clip_by_value as clip_by_value,
+)
+from optaxclip._wrappers import (
+    ResetState as ResetState,
+    UClipState as UClipState,
+    reset_momentum as reset_momentum,
+    u_clip as u_clip,
 )
 from optaxclip.norms import global_norm as global_norm
 

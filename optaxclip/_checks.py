@@ -59,7 +59,7 @@ def steps(value: Any, what: str, minimum: int, remedy: str = "") -> None:
     kinds = f"a whole number >= {minimum}"
     number(value, what, -math.inf, kinds)
     is_whole = np.dtype(getattr(value, "dtype", type(value))).kind in "iu"
-    if not is_whole or (isinstance(value, STATIC) and value < minimum):
+    if not is_whole or (isinstance(value, STATIC) and float(value) < minimum):
         raise ValueError(f"Expected {what} to be {kinds}, got {value}.{remedy}")
 
 
@@ -122,6 +122,18 @@ def rule(value: Any, what: str) -> optax.GradientTransformation:
             f" norms, got {value!r} of type {type(value).__name__}."
         )
     return value
+
+
+def transformation(
+    value: Any, what: str, example: str
+) -> optax.GradientTransformationExtraArgs:
+    """Returns ``value`` if it is a transformation, and raises otherwise."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"Expected `{what}` to be a transformation, such as `{example}`, got"
+            f" {value!r} of type {type(value).__name__}."
+        )
+    return optax.with_extra_args_support(value)
 
 
 def _unfit(value: Any, what: str, kinds: str) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import _reduce
+from optaxclip import _leaves, _reduce
 from optaxclip._leaves import Leaves
 
 
@@ -46,7 +46,7 @@ def recalled(memory: Any, leaves: Leaves) -> list[jax.Array]:
                 f"Expected a state of shape {np.shape(leaves.leaves[i])} at"
                 f" {leaves.paths()[place]!r}, got {np.shape(found[place])}: {remedy}"
             )
-    return [jnp.asarray(x) for x in found]
+    return [_leaves.widen(x, leaves.dtype) for x in found]
 
 
 def remembered(memory: Any, new: Sequence[jax.Array]) -> Any:

@@ -351,6 +351,10 @@ def asymmetric(path: str) -> tuple[float, float]:
     return (-0.25, 0.5)
 
 
+def unlimited(path: str) -> tuple[float, float]:
+    return (-np.inf, np.inf)
+
+
 TABLE: dict[str, Row] = {
     "value": Row(
         lambda t=1.0: oc.clip_by_value(0.5 * t),
@@ -521,9 +525,19 @@ TABLE: dict[str, Row] = {
         ),
         by_label(each_leaf, by_prefix({"dense/": np.inf}, 1.0)),
     ),
+    "spam": Row(
+        lambda t=1.0: oc.spam_clip(0.25 * t, 0.9, warmup_steps=1, reset_every=3),
+        by_element(unlimited),  # nothing is known of any element
+    ),
     "stable_adamw": Row(
         lambda t=1.0: oc.stable_adamw(0.5 * t, weight_decay=0.0),
         each_by_itself(adam_step),
+    ),
+    "u_clip": Row(
+        lambda t=1.0: oc.reset_momentum(
+            oc.u_clip(oc.clip_by_global_norm(1.0 * t)), every=2, warmup_steps=1
+        ),
+        by_label(every_leaf_together, constant(1.0)),
     ),
 }
 
@@ -534,7 +548,7 @@ references = {name: row.reference for name, row in TABLE.items()}
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))
 
 # What keeps arrays like the params in its state, and no statistics of its own.
-REMEMBERING = ("stable_adamw",)
+REMEMBERING = ("spam", "stable_adamw", "u_clip")
 
 # What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
 named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
@@ -565,6 +579,10 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
     "normalize_by_update_norm": (
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},
+    ),
+    "spam_clip": (
+        oc.spam_clip,
+        {"threshold": 4.0, "decay": 0.5, "warmup_steps": 1, "reset_every": 3},
     ),
     "stable_adamw": (
         oc.stable_adamw,

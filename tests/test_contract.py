@@ -49,6 +49,7 @@ NOT_ZERO_AT_ONCE = {
     "mean_plus_std": "the first step has no history, so it allows everything",
     "mapping_of_rules": "the first step of its rule has no history",
     "agc_excluding": "an excluded leaf is never clipped",
+    "spam": "the first step has no history, so it allows everything",
 }
 NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE} | {
     name: "keeps a memory of every element" for name in helpers.REMEMBERING
@@ -61,7 +62,7 @@ NO_INFINITY = {
     (name, "float8_e4m3fn"): "the format has no infinity" for name in clips
 } | {
     (name, "complex64"): "an infinite complex number has no direction to keep"
-    for name in helpers.ELEMENTWISE
+    for name in (*helpers.ELEMENTWISE, "spam")
 }
 
 EVERY_PAIR = [(name, dtype) for dtype in helpers.DTYPES for name in clips]

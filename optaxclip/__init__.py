@@ -17,7 +17,12 @@ from optaxclip._cotangents import (
     clip_preactivation as clip_preactivation,
     cotangent_stats as cotangent_stats,
 )
-from optaxclip._elements import SpamState as SpamState, spam_clip as spam_clip
+from optaxclip._elements import (
+    AcclipState as AcclipState,
+    SpamState as SpamState,
+    acclip as acclip,
+    spam_clip as spam_clip,
+)
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
 from optaxclip._example_clips import (
     per_example_global_norm_clip as per_example_global_norm_clip,

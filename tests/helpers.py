@@ -295,6 +295,14 @@ def adam_step(update):
     return step if np.isfinite(update).all() else np.full_like(update, np.nan)
 
 
+def acclip_step(update):
+    """The first step of ACClip: momentum and threshold are shares of the update."""
+    with np.errstate(all="ignore"):
+        momentum, threshold = 0.1 * update, 0.01 * np.abs(update)
+        factor = np.minimum(threshold / (np.abs(momentum) + 1e-5), 1)
+        return np.where(np.isfinite(update), momentum * factor, np.nan)
+
+
 def each_by_itself(step):
     return lambda updates, params: jax.tree.map(step, updates)
 
@@ -356,6 +364,7 @@ def unlimited(path: str) -> tuple[float, float]:
 
 
 TABLE: dict[str, Row] = {
+    "acclip": Row(lambda t=1.0: oc.acclip(), each_by_itself(acclip_step)),
     "value": Row(
         lambda t=1.0: oc.clip_by_value(0.5 * t),
         by_element(lambda _: (-0.5, 0.5)),
@@ -548,7 +557,7 @@ references = {name: row.reference for name, row in TABLE.items()}
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))
 
 # What keeps arrays like the params in its state, and no statistics of its own.
-REMEMBERING = ("spam", "stable_adamw", "u_clip")
+REMEMBERING = ("acclip", "spam", "stable_adamw", "u_clip")
 
 # What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
 named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
@@ -580,6 +589,7 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
         oc.normalize_by_update_norm,
         {"scale_factor": 1.0},
     ),
+    "acclip": (oc.acclip, {"b1": 0.5, "b2": 0.75, "eps": 0.5}),
     "spam_clip": (
         oc.spam_clip,
         {"threshold": 4.0, "decay": 0.5, "warmup_steps": 1, "reset_every": 3},

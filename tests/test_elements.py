@@ -210,3 +210,67 @@ def test_the_derivative_through_steps_is_finite():
 def test_bad_arguments_of_spam_clip_raise(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         oc.spam_clip(**options)
+
+
+# --------------------------------------------------------------------------------------
+# ACClip
+# --------------------------------------------------------------------------------------
+
+ACCLIP = {"b1": 0.9, "b2": 0.99, "eps": 1e-2}
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_acclip_is_the_hand_written_loop(bad):
+    gradients = history(5, bad=bad)
+    clipped, state = scanned(oc.acclip(**ACCLIP), gradients)
+    expected = acclip_loop(gradients, **ACCLIP)
+    largest = np.maximum.accumulate(np.nan_to_num(np.abs(expected)))
+    close = np.abs(clipped - expected) <= 1e-5 * np.abs(expected) + 1e-7 * largest
+    assert np.all(close | np.isnan(expected))
+    np.testing.assert_array_equal(np.isnan(clipped), ~np.isfinite(gradients))
+    assert 0.1 < np.mean(state.max_values < np.abs(state.momentum)) < 0.9
+    assert np.isfinite(state.momentum).all() and np.isfinite(state.max_values).all()
+
+
+@pytest.mark.parametrize("name", ACCLIP)
+def test_the_loop_of_acclip_tells_every_constant(name):
+    gradients = history(6, steps=300)
+    clipped, _ = scanned(oc.acclip(**ACCLIP), gradients)
+    expected = acclip_loop(gradients, **(ACCLIP | {name: ACCLIP[name] * 1.001}))
+    assert not np.allclose(clipped, expected, rtol=1e-5, atol=0)
+
+
+def test_no_element_is_larger_than_its_threshold():
+    clipped, state = scanned(oc.acclip(), history(7, steps=500))
+    assert np.all(np.abs(clipped) <= state.max_values * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_without_eps_acclip_knows_no_size(scale):
+    gradients = history(8, steps=50)
+    plain, _ = scanned(oc.acclip(eps=0.0), gradients)
+    scaled, _ = scanned(oc.acclip(eps=0.0), gradients * np.float32(scale))
+    np.testing.assert_allclose(scaled / np.float32(scale), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_of_the_largest_numbers_does_not_overflow():
+    gradients = np.array([[3e38], [-3e38], [3e38]], np.float32)
+    clipped, _ = scanned(oc.acclip(b1=0.0, b2=0.0), gradients)
+    np.testing.assert_allclose(clipped, gradients, rtol=1e-6)
+
+
+def test_complex_elements_of_acclip_keep_the_direction_of_their_momentum():
+    direction = np.complex64(0.6 - 0.8j)
+    gradients = history(9, steps=100)
+    clipped, _ = scanned(oc.acclip(**ACCLIP), gradients * direction)
+    expected = acclip_loop(gradients, **ACCLIP) * direction
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(clipped, expected, rtol=1e-4, atol=1e-7 * largest)
+
+
+@pytest.mark.parametrize("name", ["b1", "b2"])
+def test_bad_arguments_of_acclip_raise(name):
+    with pytest.raises(ValueError, match=f"Expected 0 <= {name} < 1, got 1.5"):
+        oc.acclip(**{name: 1.5})
+    with pytest.raises(ValueError, match="Expected eps >= 0, got -1"):
+        oc.acclip(eps=-1)

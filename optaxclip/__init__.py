@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._acclip import AcclipState as AcclipState, acclip as acclip
 from optaxclip._clips import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -16,12 +17,6 @@ from optaxclip._cotangents import (
     clip_cotangent_norm as clip_cotangent_norm,
     clip_preactivation as clip_preactivation,
     cotangent_stats as cotangent_stats,
-)
-from optaxclip._elements import (
-    AcclipState as AcclipState,
-    SpamState as SpamState,
-    acclip as acclip,
-    spam_clip as spam_clip,
 )
 from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
 from optaxclip._example_clips import (
@@ -44,6 +39,7 @@ from optaxclip._per_example import (
     adapt_max_norm as adapt_max_norm,
     per_example_clipped_grad as per_example_clipped_grad,
 )
+from optaxclip._spam import SpamState as SpamState, spam_clip as spam_clip
 from optaxclip._splits import over_axes as over_axes
 from optaxclip._stable_adamw import (
     StableAdamWState as StableAdamWState,

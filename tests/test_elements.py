@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
 import helpers
 from helpers import oc
@@ -274,3 +276,55 @@ def test_bad_arguments_of_acclip_raise(name):
         oc.acclip(**{name: 1.5})
     with pytest.raises(ValueError, match="Expected eps >= 0, got -1"):
         oc.acclip(eps=-1)
+
+
+# --------------------------------------------------------------------------------------
+# All that remember elements
+# --------------------------------------------------------------------------------------
+
+
+def test_inside_shard_map_memories_are_split_like_the_params():
+    mesh, spec = jax.make_mesh((8,), ("data",), (AxisType.Auto,)), P("data")
+    gradients = history(10, steps=12, size=16)
+
+    def steps(gradients, params):
+        tx = optax.chain(
+            oc.spam_clip(4.0, 0.5, warmup_steps=1, reset_every=5),
+            oc.u_clip(oc.clip_by_global_norm(1.0)),
+            oc.acclip(),
+            oc.reset_momentum(oc.stable_adamw(0.1), every=4, warmup_steps=2),
+        )
+
+        def step(state, gradient):
+            updates, state = tx.update(gradient, state, params)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(params), gradients)[1]
+
+    params = gradients[0]
+    mapped = jax.shard_map(
+        steps, mesh=mesh, in_specs=(P(None, "data"), spec), out_specs=P(None, "data")
+    )
+    split, whole = jax.jit(mapped)(gradients, params), jax.jit(steps)(gradients, params)
+    np.testing.assert_allclose(split, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["acclip", "spam", "stable_adamw"])
+def test_a_leaf_among_others_is_that_leaf_alone(name, x64):
+    tx = helpers.clips[name]()
+    gradients = {
+        "half": jnp.asarray(history(11, steps=30), jnp.bfloat16),
+        "double": jnp.asarray(history(12, steps=30), jnp.float64),
+    }
+
+    def step(state, gradient):
+        updates, state = tx.update(gradient, state, gradient)
+        return state, updates
+
+    def run(gradients):
+        start = tx.init(jax.tree.map(lambda x: x[0], gradients))
+        return jax.lax.scan(step, start, gradients)[1]
+
+    both, alone = jax.jit(lambda x: (run(x), run({"double": x["double"]})))(gradients)
+    assert helpers.types(both) == helpers.types(gradients)
+    np.testing.assert_allclose(both["double"], alone["double"], rtol=1e-12)

@@ -151,8 +151,6 @@ def _unit(largest: jax.Array) -> jax.Array:
 
 def over(x: jax.Array, unit: jax.Array) -> jax.Array:
     """Returns ``x / unit`` also where the compiler's ``1 / unit`` would underflow."""
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(over(x.real, unit), over(x.imag, unit))
     quarter = jnp.where(unit > 1, 0.25, jnp.ones_like(unit))
     return (x * quarter) / (unit * quarter)
 

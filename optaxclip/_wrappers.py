@@ -92,7 +92,7 @@ def u_clip(
         leaves = _leaves.flatten(updates)
         _splits.check_summed(leaves, params)
         olds = _moments.recalled(state.carry, leaves)
-        totals = list(map(_total, leaves.measured(), olds))
+        totals = list(map(jnp.add, leaves.measured(), olds))
         clipped, clip_state = clip.update(
             leaves.replaced(totals), state.clip_state, params, **extra_args
         )
@@ -201,11 +201,6 @@ def reset_momentum(
         return scaled, ResetState(count, wrapped_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-@jax.jit
-def _total(update: jax.Array, carry: jax.Array) -> jax.Array:
-    return jnp.where(carry == 0, update, update + carry)  # no sum keeps a -0.0
 
 
 def _kept(leaf: Any, clipped: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ OPTIONS = {
     "learning_rate": 0.1,
     "b1": 0.9,
     "b2": 0.99,
-    "eps": 1e-3,
+    "eps": 0.3,
     "weight_decay": 0.1,
 }
 
@@ -142,6 +142,16 @@ def test_the_first_step_is_not_clipped():
     assert sizes.item() == factors.item() == 1
     assert int(state.clip_state.clipped_count.sum()) == 0
     np.testing.assert_allclose(updates[0], -0.1 * np.sign(gradients[0]), rtol=1e-6)
+
+
+def test_the_first_step_is_not_clipped_whatever_the_memory():
+    def first(b2):
+        tx = oc.stable_adamw(0.1, b2=b2)
+        return tx.update(PARAMS[:3], tx.init(PARAMS[:3]), PARAMS[:3])[1]
+
+    state = jax.jit(jax.vmap(first))(1 - jnp.geomspace(1e-6, 1, 500))
+    np.testing.assert_array_equal(state.clip_state.factors, 1)
+    np.testing.assert_array_equal(state.rms, np.tile(np.abs(PARAMS[:3]), (500, 1)))
 
 
 def test_the_shrinkage_is_bounded():

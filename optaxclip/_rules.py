@@ -359,7 +359,7 @@ def stable_spam_clip(
       Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
       <https://arxiv.org/abs/2502.17055>`_, 2025
     """
-    _checks.share(max_decay, "max_decay")
+    _checks.decay(max_decay, "max_decay")
     rule = thresholds.mean_over_rms(mean_decay, rms_decay)
     return optax.chain(
         _ada_clip(max_decay), clip_by(norms.leaf_norms, rule, factors.normalize)

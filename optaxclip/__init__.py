@@ -19,7 +19,7 @@ from optaxclip._cotangents import (
     clip_preactivation as clip_preactivation,
     cotangent_stats as cotangent_stats,
 )
-from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
+from optaxclip._engine import clip_by as clip_by
 from optaxclip._example_clips import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
@@ -46,12 +46,10 @@ from optaxclip._robust import (
     centered_clip as centered_clip,
 )
 from optaxclip._rules import (
-    AdaClipState as AdaClipState,
     adagc as adagc,
     aggc as aggc,
     autoclip as autoclip,
     k_sigma_clip as k_sigma_clip,
-    stable_spam_clip as stable_spam_clip,
     zclip as zclip,
 )
 from optaxclip._spam import SpamState as SpamState, spam_clip as spam_clip
@@ -64,6 +62,11 @@ from optaxclip._stable_adamw import (
     StableAdamWState as StableAdamWState,
     stable_adamw as stable_adamw,
 )
+from optaxclip._stable_spam import (
+    AdaClipState as AdaClipState,
+    stable_spam_clip as stable_spam_clip,
+)
+from optaxclip._state import ClipState as ClipState
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,

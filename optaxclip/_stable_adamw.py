@@ -18,7 +18,8 @@ from optaxclip import (
     _splits,
     norms,
 )
-from optaxclip._engine import ClipState, clip_by
+from optaxclip._engine import clip_by
+from optaxclip._state import ClipState
 
 
 class StableAdamWState(NamedTuple):

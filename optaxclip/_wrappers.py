@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _memories, _scopes, _splits
-from optaxclip._engine import multiplied
+from optaxclip._multiply import multiplied
 
 
 class UClipState(NamedTuple):

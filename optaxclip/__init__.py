@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._acclip import AcclipState as AcclipState, acclip as acclip
 from optaxclip._attention import qk_clip as qk_clip
 from optaxclip._clips import (
     adaptive_grad_clip as adaptive_grad_clip,
@@ -18,7 +19,7 @@ from optaxclip._cotangents import (
     clip_preactivation as clip_preactivation,
     cotangent_stats as cotangent_stats,
 )
-from optaxclip._engine import ClipState as ClipState, clip_by as clip_by
+from optaxclip._engine import clip_by as clip_by
 from optaxclip._example_clips import (
     per_example_global_norm_clip as per_example_global_norm_clip,
     per_example_layer_norm_clip as per_example_layer_norm_clip,
@@ -45,19 +46,27 @@ from optaxclip._robust import (
     centered_clip as centered_clip,
 )
 from optaxclip._rules import (
-    AdaClipState as AdaClipState,
     adagc as adagc,
     aggc as aggc,
     autoclip as autoclip,
     k_sigma_clip as k_sigma_clip,
-    stable_spam_clip as stable_spam_clip,
     zclip as zclip,
 )
+from optaxclip._spam import SpamState as SpamState, spam_clip as spam_clip
 from optaxclip._spectral_norm import (
     SpectralNormState as SpectralNormState,
     clip_by_spectral_norm as clip_by_spectral_norm,
 )
 from optaxclip._splits import over_axes as over_axes
+from optaxclip._stable_adamw import (
+    StableAdamWState as StableAdamWState,
+    stable_adamw as stable_adamw,
+)
+from optaxclip._stable_spam import (
+    AdaClipState as AdaClipState,
+    stable_spam_clip as stable_spam_clip,
+)
+from optaxclip._state import ClipState as ClipState
 from optaxclip._summary import summary as summary
 from optaxclip._values import (
     ClipByValueState as ClipByValueState,
@@ -67,6 +76,12 @@ from optaxclip._values import (
 from optaxclip._weights import (
     clip_by_trust_ratio as clip_by_trust_ratio,
     clippy as clippy,
+)
+from optaxclip._wrappers import (
+    ResetState as ResetState,
+    UClipState as UClipState,
+    reset_momentum as reset_momentum,
+    u_clip as u_clip,
 )
 from optaxclip.norms import global_norm as global_norm
 

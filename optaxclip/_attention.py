@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _engine, _leaves, _scopes
+from optaxclip import _checks, _leaves, _multiply, _scopes
 
 
 def qk_clip(
@@ -115,4 +115,4 @@ def _multiplied(leaves: _leaves.Leaves, scales: list[jax.Array]) -> Any:
     scopes = tuple((i,) for i in range(len(scales)))
     packed = _scopes.Units(jnp.zeros(0), scales, (False,) * len(scales))
     ones = jax.tree.map(jnp.ones_like, packed)
-    return _engine.multiplied(leaves, scopes, packed, ones)
+    return _multiply.multiplied(leaves, scopes, packed, ones)

@@ -12,14 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks
-from optaxclip._histories import (
-    MeanStdState,
-    moved_mean,
-    moved_rms,
-    newest_weight,
-    root_of_squares,
-)
+from optaxclip import _checks, _moments
+from optaxclip._histories import MeanStdState
 
 
 class MeanState(NamedTuple):
@@ -91,8 +85,8 @@ def z_score(
       <https://arxiv.org/abs/2504.02507>`_, 2025
     """
     _checks.number(z_threshold, "z_threshold")
-    _checks.share(decay, "decay")
-    _checks.count(warmup_steps, "warmup_steps", minimum=2)
+    _checks.decay(decay, "decay")
+    _checks.steps(warmup_steps, "warmup_steps", 2)
     _checks.number(max_norm, "max_norm")
 
     def init_fn(params: Any) -> MeanStdState:
@@ -115,8 +109,8 @@ def z_score(
         is_warm = count > warmup_steps
         weight = jnp.where(is_warm, share, 1 / count.astype(dtype))
         spread = jnp.where(is_warm, 1 - weight, jnp.sqrt(1 - weight)) * (seen - mean)
-        stds = moved_rms(std, spread, weight)
-        means = moved_mean(mean, seen, weight)
+        stds = _moments.root_mean_square(std, jnp.abs(spread), weight)
+        means = _moments.mean(mean, seen, weight)
         return jnp.minimum(limits, cap), MeanStdState(count, means, stds)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -164,8 +158,8 @@ def relative_to_mean(
     """
     for what, value in {"ratio": ratio, "max_norm": max_norm}.items():
         _checks.number(value, what)
-    _checks.share(decay, "decay")
-    _checks.count(warmup_steps, "warmup_steps")
+    _checks.decay(decay, "decay")
+    _checks.steps(warmup_steps, "warmup_steps", 0)
 
     def init_fn(params: Any) -> MeanState:
         count, mean = _zeros(params, 1)
@@ -228,7 +222,7 @@ def within_band(
     """
     _checks.number(low, "low")
     _checks.number(high, "high", minimum=1)
-    _checks.share(decay, "decay")
+    _checks.decay(decay, "decay")
     if isinstance(low, _checks.STATIC) and low > 1:
         raise ValueError(f"Expected low <= 1, got {low}: the mean is in the band.")
 
@@ -242,7 +236,9 @@ def within_band(
         held = jnp.minimum(jnp.maximum(updates, least), most)
         held = jnp.where(state.seen_count == 0, updates, held)
         count = jnp.asarray(optax.safe_increment(state.seen_count))
-        means = moved_mean(mean, held, newest_weight(count, decay, mean.dtype))
+        means = _moments.mean(
+            mean, held, _moments.newest_weight(count, decay, mean.dtype)
+        )
         return held, MeanState(count, means)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -281,8 +277,8 @@ def mean_over_rms(
       Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
       <https://arxiv.org/abs/2502.17055>`_, 2025
     """
-    _checks.share(mean_decay, "mean_decay")
-    _checks.share(rms_decay, "rms_decay")
+    _checks.decay(mean_decay, "mean_decay")
+    _checks.decay(rms_decay, "rms_decay")
 
     def init_fn(params: Any) -> MeanRmsState:
         return MeanRmsState(*_zeros(params, 2))
@@ -291,9 +287,9 @@ def mean_over_rms(
         del params, extra_args
         count = jnp.asarray(optax.safe_increment(state.seen_count))
         decays = (mean_decay, rms_decay)
-        weights = [newest_weight(count, x, updates.dtype) for x in decays]
-        means = moved_mean(state.means, updates, weights[0])
-        rms = moved_rms(state.rms, updates, weights[1])
+        weights = [_moments.newest_weight(count, x, updates.dtype) for x in decays]
+        means = _moments.mean(state.means, updates, weights[0])
+        rms = _moments.root_mean_square(state.rms, updates, weights[1])
         return means / jnp.where(rms > 0, rms, 1), MeanRmsState(count, means, rms)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -310,6 +306,6 @@ def _limits_together(norms: jax.Array, max_norm: jax.Array) -> jax.Array:
     A norm that is not finite does not count: the scope it belongs to turns NaN.
     """
     flat = jnp.ravel(norms)
-    total = root_of_squares(jnp.where(jnp.isfinite(flat), flat, 0))
+    total = _moments.root_of_squares(jnp.where(jnp.isfinite(flat), flat, 0))
     shares = jnp.minimum(norms / jnp.where(total > 0, total, 1), 1)
     return jnp.where(total > max_norm, max_norm * shares, jnp.inf)

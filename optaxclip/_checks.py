@@ -50,16 +50,20 @@ def number(
             raise ValueError(f"Expected {what} >= {minimum:g}, got {value}.{remedy}")
 
 
-def share(value: Any, what: str) -> None:
-    """Raises unless ``value`` is a number from 0 to below 1, possibly traced."""
+def decay(value: Any, what: str) -> None:
+    """Raises unless ``value`` is the weight of the past in an average."""
     if isinstance(value, (int, float, np.generic)) and not 0 <= float(value) < 1:
         raise ValueError(f"Expected 0 <= {what} < 1, got {value}.")
     number(value, what, remedy="")
 
 
-def count(value: Any, what: str, minimum: int = 0) -> None:
+def steps(value: Any, what: str, minimum: int, remedy: str = "") -> None:
     """Raises unless ``value`` is a number of steps, possibly traced."""
-    number(value, what, minimum, remedy="")
+    kinds = f"a whole number >= {minimum}"
+    number(value, what, -math.inf, kinds, remedy="")
+    is_whole = np.dtype(getattr(value, "dtype", type(value))).kind in "iu"
+    if not is_whole or (isinstance(value, STATIC) and float(value) < minimum):
+        raise ValueError(f"Expected {what} to be {kinds}, got {value}.{remedy}")
 
 
 def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
@@ -121,6 +125,18 @@ def rule(value: Any, what: str) -> optax.GradientTransformation:
             f" norms, got {value!r} of type {type(value).__name__}."
         )
     return value
+
+
+def transformation(
+    value: Any, what: str, example: str
+) -> optax.GradientTransformationExtraArgs:
+    """Returns ``value`` if it is a transformation, and raises otherwise."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"Expected `{what}` to be a transformation, such as `{example}`, got"
+            f" {value!r} of type {type(value).__name__}."
+        )
+    return optax.with_extra_args_support(value)
 
 
 def _unfit(value: Any, what: str, kinds: str, remedy: str) -> str:

@@ -10,7 +10,8 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _scopes, factors, norms, thresholds
-from optaxclip._engine import Threshold, clip_by, multiplied, scope_factors
+from optaxclip._engine import Threshold, clip_by
+from optaxclip._multiply import multiplied, scope_factors
 
 
 def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:

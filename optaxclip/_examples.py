@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, norms
-from optaxclip._engine import Factor, scope_factors
+from optaxclip._multiply import Factor, scope_factors
 
 MaxNorm = ArrayLike | Mapping[str, ArrayLike]
 Limits = Callable[[_scopes.Measured, _leaves.Leaves], jax.Array]

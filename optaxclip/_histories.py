@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks
+from optaxclip import _checks, _moments
 
 
 class MeanStdState(NamedTuple):
@@ -229,10 +229,10 @@ def _decaying(decay: ArrayLike) -> _Moments:
 
     def update(norms: jax.Array, state: MeanStdState) -> tuple[Any, Any, MeanStdState]:
         count = jnp.asarray(optax.safe_increment(state.seen_count))
-        weight = newest_weight(count, decay, norms.dtype)
-        means = moved_mean(state.means, norms, weight)
+        weight = _moments.newest_weight(count, decay, norms.dtype)
+        means = _moments.mean(state.means, norms, weight)
         spread = jnp.sqrt(1 - weight) * (norms - state.means)
-        stds = moved_rms(state.stds, spread, weight)
+        stds = _moments.root_mean_square(state.stds, jnp.abs(spread), weight)
         return means, stds, MeanStdState(count, means, stds)
 
     return _Moments(init, update)
@@ -249,53 +249,9 @@ def _in_window(window: int) -> _Moments:
         means = jnp.sum(state.last_norms / total[None], axis=0, where=filled)
         errors = jnp.where(filled, state.last_norms - means[None], 0)
         total = total.astype(means.dtype)
-        return means, root_of_squares(errors) / jnp.sqrt(total), state
+        return means, _moments.root_of_squares(errors) / jnp.sqrt(total), state
 
     return _Moments(init, update)
-
-
-def root_of_squares(x: jax.Array) -> jax.Array:
-    """Returns the norm along the first axis, which no square takes out of range."""
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=0))
-    unit = jnp.where(top > 0, top, 1)
-    squares = jnp.sum((x / unit[None]) ** 2, axis=0)
-    return unit * jnp.where(top > 0, jnp.sqrt(jnp.where(top > 0, squares, 1)), 0)
-
-
-def newest_weight(count: jax.Array, decay: ArrayLike, dtype: Any) -> jax.Array:
-    """Returns the weight of the newest of ``count`` norms, if theirs decay with age.
-
-    By ``expm1`` and ``log1p``, for ``1 - decay**count`` would lose its digits.
-    """
-    share = jnp.asarray(1 - decay, dtype)
-    faded = -jnp.expm1(count.astype(dtype) * jnp.log1p(-share))
-    return jnp.where(count == 1, 1, share / faded)
-
-
-def moved_mean(mean: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns ``(1 - weight) * mean + weight * x``.
-
-    It adds a change, for a factor close to 1 would have the same rounding error at
-    every step, and over many these add up.
-    """
-    near = mean + weight * (x - mean)
-    return jnp.where(weight < 0.5, near, x + (1 - weight) * (mean - x))
-
-
-def moved_rms(rms: jax.Array, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns ``sqrt((1 - weight) * rms**2 + weight * x**2)``, for ``rms >= 0``.
-
-    No square leaves the range; it adds a change like :func:`moved_mean`.
-    """
-    top = jax.lax.stop_gradient(jnp.maximum(rms, jnp.abs(x)))
-    unit = jnp.where(top > 0, top, 1)
-    old, new = rms / unit, jnp.abs(x) / unit
-    square = (1 - weight) * old**2 + weight * new**2
-    root = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-    is_near = weight < 0.5
-    start = jnp.where(is_near, old, new)
-    change = jnp.where(is_near, weight, weight - 1) * (new**2 - old**2)
-    return unit * (start + change / jnp.where(root + start > 0, root + start, 1))
 
 
 def _rule(
@@ -340,8 +296,8 @@ def _check_memory(decay: Any, window: Any, warmup_steps: Any) -> None:
             f" decay={decay!r}, window={window!r}."
         )
     if decay is not None:
-        _checks.share(decay, "decay")
-    _checks.count(warmup_steps, "warmup_steps")
+        _checks.decay(decay, "decay")
+    _checks.steps(warmup_steps, "warmup_steps", 0)
     if window is not None and not (isinstance(window, int) and window >= 2):
         raise ValueError(
             f"Expected window >= 2, an int, got {window!r}. It is the shape of the"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from optaxclip import _paths
 from optaxclip._leaves import Leaves
@@ -17,6 +18,13 @@ from optaxclip._scopes import (
     Scope,
     Units,
     joined_units,
+)
+
+Threshold = (
+    ArrayLike
+    | optax.Schedule
+    | optax.GradientTransformation
+    | Mapping[str, ArrayLike | optax.Schedule | optax.GradientTransformation]
 )
 
 

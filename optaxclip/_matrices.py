@@ -14,6 +14,7 @@ from optaxclip import (
     _scopes,
     _spectra,
     _splits,
+    _state,
     factors,
 )
 
@@ -73,9 +74,9 @@ def clip_singular_values(
     """
     _checks.threshold(max_value, "max_value")
 
-    def init_fn(params: optax.Params) -> _engine.ClipState:
+    def init_fn(params: optax.Params) -> _state.ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        return _engine.fresh(max_value, _spectra.zeros(leaves), leaves)
+        return _state.fresh(max_value, _spectra.zeros(leaves), leaves)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _examples, _leaves, _mesh, _scopes, factors, norms
-from optaxclip._engine import Factor
+from optaxclip._multiply import Factor
 
 
 class PerExample(NamedTuple):

@@ -100,7 +100,7 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
     if ord == jnp.inf:
         return largest
     unit = _unit(largest)
-    shrunk = [p._replace(array=_over(p.array, _rows(unit, p))) for p in pieces]
+    shrunk = [p._replace(array=over(p.array, _rows(unit, p))) for p in pieces]
     return unit * root(
         _totals(shrunk, count, lambda x: _modulus(x) ** ord, jnp.sum), ord
     )
@@ -118,7 +118,7 @@ def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Arr
         return largest
     units = [_unit(x) for x in largest]
     pairs = zip(leaves, units, strict=True)
-    shrunk = [x._replace(array=_over(x.array, unit)) for x, unit in pairs]
+    shrunk = [x._replace(array=over(x.array, unit)) for x, unit in pairs]
     totals = _kept_totals(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
     return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
 
@@ -149,7 +149,7 @@ def _unit(largest: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.where(usable, largest, 1))
 
 
-def _over(x: jax.Array, unit: jax.Array) -> jax.Array:
+def over(x: jax.Array, unit: jax.Array) -> jax.Array:
     """Returns ``x / unit`` also where the compiler's ``1 / unit`` would underflow."""
     quarter = jnp.where(unit > 1, 0.25, jnp.ones_like(unit))
     return (x * quarter) / (unit * quarter)

@@ -15,6 +15,7 @@ from optaxclip import (
     _reduce,
     _spectra,
     _splits,
+    _state,
     factors,
 )
 
@@ -90,16 +91,16 @@ def clip_by_spectral_norm(
     _checks.threshold(max_norm, "max_norm")
     _check_steps(num_steps)
 
-    def init_fn(params: optax.Params) -> _engine.ClipState:
+    def init_fn(params: optax.Params) -> _state.ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        state = _engine.fresh(max_norm, _spectra.zeros(leaves), leaves)
+        state = _state.fresh(max_norm, _spectra.zeros(leaves), leaves)
         kept = SpectralNormState(_joined(_starts(leaves), leaves), state.rule_state)
         return state._replace(rule_state=kept)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        _checks.needed_state(state, _engine.ClipState)
+        _checks.needed_state(state, _state.ClipState)
         leaves = _leaves.flatten(updates)
         _splits.check_summed(leaves, params)
         every = [_spectra.scaled(x) for x in _spectra.matrices(leaves)]

@@ -12,8 +12,8 @@ from jax.tree_util import DictKey, keystr
 
 from optaxclip import _leaves, _paths
 from optaxclip._cotangents import CotangentStats
-from optaxclip._engine import ClipState
 from optaxclip._guards import GuardState
+from optaxclip._state import ClipState
 from optaxclip._values import ClipByValueState
 
 Names = tuple[list[str], list[str]]  # of leaves and of layers

@@ -99,7 +99,7 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
         }
         paths = leaves.paths()
         clipped = [
-            _clipped(leaves.leaves[i], bounds[id(entry)], leaves.dtype, path)
+            clamped(leaves.leaves[i], bounds[id(entry)], leaves.dtype, path)
             for i, entry, path in zip(leaves.counted, entries, paths, strict=True)
         ]
         return leaves.replaced(clipped), new_state
@@ -143,7 +143,7 @@ def _bounds(limit: Any, dtype: Any) -> tuple[jax.Array, ...]:
     return (jnp.maximum(ends[0], 0),)
 
 
-def _clipped(
+def clamped(
     leaf: Any, bounds: tuple[jax.Array, ...], dtype: Any, path: str
 ) -> jax.Array:
     wide = _leaves.widen(leaf, dtype)

@@ -331,6 +331,25 @@ def by_matrix(clipped: Callable[..., np.ndarray]):
     return lambda updates, params: jax.tree.map(one, updates)
 
 
+def adam_step(update):
+    """The first step of StableAdamW, whose scope is the leaf: a NaN fills it."""
+    with np.errstate(all="ignore"):
+        step = -0.5 * update / (np.abs(update) + 1e-6)
+    return step if np.isfinite(update).all() else np.full_like(update, np.nan)
+
+
+def acclip_step(update):
+    """The first step of ACClip: momentum and threshold are shares of the update."""
+    with np.errstate(all="ignore"):
+        momentum, threshold = 0.1 * update, 0.01 * np.abs(update)
+        factor = np.minimum(threshold / (np.abs(momentum) + 1e-5), 1)
+        return np.where(np.isfinite(update), momentum * factor, np.nan)
+
+
+def each_by_itself(step):
+    return lambda updates, params: jax.tree.map(step, updates)
+
+
 # --------------------------------------------------------------------------------------
 # The table of clips
 # --------------------------------------------------------------------------------------
@@ -393,7 +412,12 @@ def asymmetric(path: str) -> tuple[float, float]:
     return (-0.25, 0.5)
 
 
+def unlimited(path: str) -> tuple[float, float]:
+    return (-np.inf, np.inf)
+
+
 TABLE: dict[str, Row] = {
+    "acclip": Row(lambda t=1.0: oc.acclip(), each_by_itself(acclip_step)),
     "value": Row(
         lambda t=1.0: oc.clip_by_value(0.5 * t),
         by_element(lambda _: (-0.5, 0.5)),
@@ -594,6 +618,20 @@ TABLE: dict[str, Row] = {
         ),
         by_label(each_leaf, by_prefix({"dense/": np.inf}, 1.0)),
     ),
+    "spam": Row(
+        lambda t=1.0: oc.spam_clip(0.25 * t, 0.9, warmup_steps=1, reset_every=3),
+        by_element(unlimited),  # nothing is known of any element
+    ),
+    "stable_adamw": Row(
+        lambda t=1.0: oc.stable_adamw(0.5 * t, weight_decay=0.0),
+        each_by_itself(adam_step),
+    ),
+    "u_clip": Row(
+        lambda t=1.0: oc.reset_momentum(
+            oc.u_clip(oc.clip_by_global_norm(1.0 * t)), every=2, warmup_steps=1
+        ),
+        by_label(every_leaf_together, constant(1.0)),
+    ),
 }
 
 clips: dict[str, Callable[..., Clip]] = {name: row.make for name, row in TABLE.items()}
@@ -601,6 +639,9 @@ references = {name: row.reference for name, row in TABLE.items()}
 
 # Clips of single elements: their scope is the element, they carry no norm.
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))
+
+# What keeps arrays like the params in its state, and no statistics of its own.
+REMEMBERING = ("acclip", "spam", "stable_adamw", "u_clip")
 
 # What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
 named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
@@ -641,6 +682,15 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
     "k_sigma_clip": (oc.k_sigma_clip, {"num_std": 3.0, "decay": 0.9}),
     "aggc": (oc.aggc, {"high": 1.5, "low": 0.5, "decay": 0.9}),
     "stable_spam_clip": (oc.stable_spam_clip, {"mean_decay": 0.7, "max_decay": 0.9}),
+    "acclip": (oc.acclip, {"b1": 0.5, "b2": 0.75, "eps": 0.5}),
+    "spam_clip": (
+        oc.spam_clip,
+        {"threshold": 4.0, "decay": 0.5, "warmup_steps": 1, "reset_every": 3},
+    ),
+    "stable_adamw": (
+        oc.stable_adamw,
+        {"learning_rate": 0.5, "b1": 0.5, "b2": 0.75, "eps": 0.5, "weight_decay": 0.25},
+    ),
 }
 
 

@@ -32,17 +32,22 @@ pytestmark = pytest.mark.usefixtures("strict_shapes")
 
 # The exemptions: {clip: reason}.
 ALWAYS_ACTIVE = {
+    "acclip": "has no threshold to set, and keeps a momentum",
     "normalize": "sets the norm, also of a small update",
     "normalize_by_update_norm": "sets the norm, also of a small update",
     "soften": "shrinks every update a little",
     "stable_spam_clip": "sets the norm, also of a small update",
+    "stable_adamw": "is a whole optimizer: its threshold is the learning rate",
 }
 NEVER_INFINITE = {
+    "acclip": "has no threshold to set",
     "normalize": "would ask for an infinite norm",
     "normalize_by_update_norm": "would ask for an infinite norm",
     "stable_spam_clip": "has no threshold",
+    "stable_adamw": "would ask for an infinite learning rate",
 }
 NOT_ZERO_AT_ONCE = {
+    "acclip": "has no threshold to set",
     "lagged_global": "the first step has no history, so it allows everything",
     "lagged_leaf": "the first step has no history, so it allows everything",
     "clipped_history": "the first step has no history, so it allows everything",
@@ -53,10 +58,12 @@ NOT_ZERO_AT_ONCE = {
     "stable_spam_clip": "has no threshold",
     "mapping_of_rules": "the first step of its rule has no history",
     "agc_excluding": "an excluded leaf is never clipped",
+    "spam": "the first step has no history, so it allows everything",
 }
 NO_NORM = {name: "keeps its count alone" for name in helpers.ELEMENTWISE} | {
-    "stable_spam_clip": "is a chain of two"
+    name: "keeps a memory of every element" for name in helpers.REMEMBERING
 }
+NO_NORM["stable_spam_clip"] = "is a chain of two"
 # The exemptions by dtype: {(clip, dtype): reason}.
 NO_ORDER = {
     ("value_asymmetric", "complex64"): "complex numbers have no order: see test_errors"
@@ -65,7 +72,7 @@ NO_INFINITY = {
     (name, "float8_e4m3fn"): "the format has no infinity" for name in clips
 } | {
     (name, "complex64"): "an infinite complex number has no direction to keep"
-    for name in helpers.ELEMENTWISE
+    for name in (*helpers.ELEMENTWISE, "spam")
 }
 
 EVERY_PAIR = [(name, dtype) for dtype in helpers.DTYPES for name in clips]
@@ -429,16 +436,20 @@ def test_inject_hyperparams_needs_no_static_args(name, dtype):
 
 
 @every_clip()
-def test_no_part_of_the_state_is_taken_for_params(name):
+def test_what_is_like_the_params_in_a_state_is_found_and_nothing_else(name):
     clip, params = clips[name](), helpers.random_tree()
+    shapes = jax.tree.map(jnp.shape, params)
+    state = clip.init(params)
     kinds = optax.tree.map_params(
         clip,
-        lambda _: "params",
-        clip.init(params),
+        lambda x, shape: "params" if x.shape == shape else "odd",
+        state,
+        shapes,
         transform_non_params=lambda _: "own",
     )
-    assert "params" not in jax.tree.leaves(kinds)
-    assert jax.tree.structure(kinds) == jax.tree.structure(clip.init(params))
+    found = set(jax.tree.leaves(kinds))
+    assert found - {"own"} == ({"params"} if name in helpers.REMEMBERING else set())
+    assert jax.tree.structure(kinds) == jax.tree.structure(state)
 
 
 # --------------------------------------------------------------------------------------

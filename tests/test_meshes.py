@@ -67,6 +67,18 @@ def unsharded(name):
     return jax.jit(lambda u, p, t: first_step(helpers.clips[name](t), u, p))
 
 
+def state_specs(name, specs):
+    """What is like the params in a state is split like them."""
+    clip = helpers.clips[name]()
+    return optax.tree.map_params(
+        clip,
+        lambda _, spec: spec,
+        jax.eval_shape(clip.init, case()[1]),
+        specs,
+        transform_non_params=lambda _: P(),
+    )
+
+
 @functools.cache
 def sharded(name, setting, layout):
     """The clip's first step in one setting, a function of whole arrays."""
@@ -84,7 +96,7 @@ def sharded(name, setting, layout):
             step,
             mesh=mesh,
             in_specs=(specs, specs, P()),
-            out_specs=(specs, P()),
+            out_specs=(specs, state_specs(name, specs)),
             check_vma=setting == "shard_map",
         )
     compiled = jax.jit(step)

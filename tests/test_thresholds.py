@@ -573,9 +573,11 @@ def test_a_window_out_of_range_raises(window):
 
 
 def test_warm_up_steps_out_of_range_raise():
-    with pytest.raises(ValueError, match=r"Expected warmup_steps >= 0, got -1\.$"):
+    with pytest.raises(
+        ValueError, match=r"warmup_steps to be a whole number >= 0, got -1\.$"
+    ):
         thresholds.mean_plus_std(3.0, window=3, warmup_steps=-1)
-    with pytest.raises(TypeError, match="warmup_steps to be a number, got None"):
+    with pytest.raises(TypeError, match="whole number >= 0, got None"):
         oc.thresholds.mean_plus_std(3.0, window=3, warmup_steps=None)
 
 

@@ -119,6 +119,14 @@ NEEDS_STATE = {
     "window_percentile",
     "streaming_quantile",
     "mapping_of_rules",
+    "autoclip",
+    "zclip",
+    "adagc",
+    "k_sigma_clip",
+    "aggc",
+    "stable_spam_clip",
+    "spectral_norm",
+    *helpers.REMEMBERING,
 }
 
 

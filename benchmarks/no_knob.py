@@ -290,7 +290,7 @@ def before(rule: Callable[..., optax.GradientTransformation]) -> Place:
 
     def build(moments, rate, threshold):
         del threshold
-        return optax.chain(rule(), moments, optax.scale(-rate))
+        return optax.chain(rule(), moments(), optax.scale(-rate))
 
     return build
 
@@ -300,7 +300,7 @@ def last(rule: Callable[..., optax.GradientTransformation]) -> Place:
 
     def build(moments, rate, threshold):
         del threshold
-        return optax.chain(moments, optax.scale(-rate), rule())
+        return optax.chain(moments(), optax.scale(-rate), rule())
 
     return build
 
@@ -312,7 +312,7 @@ def by(rule) -> Place:
 
 def tuned(moments, rate, threshold) -> optax.GradientTransformation:
     clip = optaxclip.clip_by_global_norm(threshold)
-    return optax.chain(clip, moments, optax.scale(-rate))
+    return optax.chain(clip, moments(), optax.scale(-rate))
 
 
 def median_times(factor: float, window: int = 128) -> optax.GradientTransformation:
@@ -327,13 +327,32 @@ def relative(share: float) -> optax.GradientTransformation:
     return optaxclip.clip_by(norms.leaf_norms, rule)
 
 
+def step_within(
+    share: float, first: Callable[..., optax.GradientTransformation] = optax.identity
+) -> Place:
+    """Bounds what each gradient adds to the parameters by a share of their norm.
+
+    Momentum is a sum of such steps, and Adam's step has no parts: the whole is bounded.
+    """
+
+    def build(moments, rate, threshold):
+        del threshold
+        rule = thresholds.relative_to_params(share, norms.global_norm)
+        bound = optax.scale(-rate), optaxclip.clip_by(norms.global_norm, rule)
+        if moments is momentum:
+            return optax.chain(first(), *bound, moments())
+        return optax.chain(first(), moments(), *bound)
+
+    return build
+
+
 def twice(rule: Callable[..., optax.GradientTransformation], share: float) -> Place:
     """Clips the gradients, and then the change of every leaf."""
 
     def build(moments, rate, threshold):
         del threshold
         clips = rule(), relative(share)
-        return optax.chain(clips[0], moments, optax.scale(-rate), clips[1])
+        return optax.chain(clips[0], moments(), optax.scale(-rate), clips[1])
 
     return build
 
@@ -368,6 +387,12 @@ CANDIDATES: dict[str, Place] = {
     "change <= 3 %": last(partial(relative, 0.03)),
     "autoclip(10), change <= 3 %": twice(partial(autoclip, 10), 0.03),
     "ratchet(10), change <= 3 %": twice(partial(ratchet, 10), 0.03),
+    "step <= 0.2 %": step_within(0.002),
+    "step <= 0.4 %": step_within(0.004),
+    "autoclip(10), step <= 0.4 %": step_within(0.004, partial(autoclip, 10)),
+    "zclip, no cap, step <= 0.4 %": step_within(
+        0.004, lambda: optaxclip.zclip(max_norm=math.inf)
+    ),
 }
 QUICK = ("none", "autoclip(10)", "lagged median x 2")
 
@@ -390,7 +415,7 @@ def train(task_name, candidate, threshold, rates, params, rows, data):
     @partial(jax.vmap, in_axes=(0, None, None))
     @partial(jax.vmap, in_axes=(None, 0, 0))
     def run(rate, params, rows):
-        optimizer = CANDIDATES[candidate](task.moments(), rate, threshold)
+        optimizer = CANDIDATES[candidate](task.moments, rate, threshold)
 
         def step(carry, rows):
             params, opt_state = carry

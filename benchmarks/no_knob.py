@@ -1,6 +1,6 @@
 """Is there a clip without a threshold to set that is as good as a tuned one?
 
-Run:  python benchmarks/no_knob.py            # all tasks and rules, about 10 minutes
+Run:  python benchmarks/no_knob.py            # all tasks and rules, 10 to 15 minutes
       python benchmarks/no_knob.py --quick    # does it run? half a minute
 
 Seven small tasks are trained at four learning rates, a decade in all, from 16 seeds.
@@ -21,6 +21,14 @@ everywhere, and no run diverged. Printed are, for each rule,
 
 The final loss is the mean over the last evaluations; that of the handwriting is the
 perplexity, for a density has no zero to measure from.
+
+What came out: none does. With momentum the best threshold times the learning rate is
+one number for a task, at nearly all rates: the best clip acts at every step, and its
+threshold is a length of step. Rules that see gradients alone don't know the rate, so
+they are near at the lowest one at best, and lose runs at the higher ones. The rules
+called `step` bound the step by a share of the norm of the parameters instead: those do
+not care about the rate, lose hardly a run, and stay within a factor of two. Their share
+was chosen on these tasks, so expect less on others.
 """
 
 import argparse

@@ -26,9 +26,9 @@ What came out: none does. With momentum the best threshold times the learning ra
 one number for a task, at nearly all rates: the best clip acts at every step, and its
 threshold is a length of step. Rules that see gradients alone don't know the rate, so
 they are near at the lowest one at best, and lose runs at the higher ones. The rules
-called `step` bound the step by a share of the norm of the parameters instead: those do
-not care about the rate, lose hardly a run, and stay within a factor of two. Their share
-was chosen on these tasks, so expect less on others.
+called `step` bound the step by a share of the norm of the parameters instead: they do
+not care about the rate and lose hardly a run, and with 0.4 % stay within a factor of
+two. That share was chosen on these tasks, so expect less on others.
 """
 
 import argparse

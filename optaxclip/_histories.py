@@ -30,7 +30,7 @@ class MeanStdState(NamedTuple):
 
 
 class WindowState(NamedTuple):
-    """State of rules with a window: ``window + 1`` numbers per scope.
+    """State of :func:`mean_plus_std` with a window: ``window + 1`` numbers per scope.
 
     Attributes:
       seen_count: norms seen, int32.
@@ -40,6 +40,21 @@ class WindowState(NamedTuple):
 
     seen_count: Any
     last_norms: Any
+
+
+class RankedState(NamedTuple):
+    """State of :func:`window_percentile`: ``2 * window + 1`` numbers per scope.
+
+    Attributes:
+      seen_count: norms seen, int32.
+      last_norms: the last of them, shape ``(window, ...)``, each new one in place of
+        the oldest; infinite where there is none yet.
+      ranked_norms: the same, in ascending order.
+    """
+
+    seen_count: Any
+    last_norms: Any
+    ranked_norms: Any
 
 
 def mean_plus_std(
@@ -99,7 +114,8 @@ def window_percentile(
 
     Args:
       q: percentile, from 0 to 100.
-      window: norms remembered, at least 2; all of them are sorted at every step.
+      window: norms remembered, at least 2. They are kept in order: a step takes a few
+        passes over them and sorts nothing.
 
     Raises:
       TypeError: ``q`` is not a number.
@@ -125,23 +141,47 @@ def window_percentile(
         raise ValueError(f"Expected 0 <= q <= 100, got {q}.")
     _check_memory(None, window, 0)
 
+    def init_fn(params: Any) -> RankedState:
+        like: Any = params
+        count = jnp.zeros_like(like, jnp.int32)
+        # Two arrays: one in two places could not be donated.
+        rings = [
+            jnp.full_like(like, jnp.inf, shape=(window, *like.shape)) for _ in "ab"
+        ]
+        return RankedState(count, *rings)
+
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
-        state = _remembered(updates, state)
-        filled, total = _filled(state)
-        ranked = jnp.sort(jnp.where(filled, state.last_norms, jnp.inf), axis=0)
-        share = jnp.clip(jnp.asarray(q, updates.dtype) / 100, 0, 1)
-        place = (share * (total - 1).astype(updates.dtype))[None]
-        low = jnp.floor(place).astype(jnp.int32)
-        pair = [
-            jnp.take_along_axis(ranked, i, axis=0)[0]
-            for i in (low, jnp.minimum(low + 1, (total - 1)[None]))
-        ]
-        weight = (place - low)[0]
-        return pair[0] + weight * (pair[1] - pair[0]), state
+        count, last = state.seen_count, state.last_norms
+        is_oldest = _places(last) == (count % window)[None]
+        oldest = jnp.sum(jnp.where(is_oldest, last, 0), axis=0)
+        ranked = _reranked(state.ranked_norms, oldest, updates)
+        last = jnp.where(is_oldest, updates[None], last)
+        count = jnp.asarray(optax.safe_increment(count))
+        limits = _percentile(ranked, q, jnp.minimum(count, window))
+        return limits, RankedState(count, last, ranked)
 
-    init_fn: Any = _in_window(window).init
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _reranked(ranked: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the ranked norms with a new one among them instead of an old one."""
+    places, end = _places(ranked), jnp.full_like(ranked[:1], jnp.inf)
+    is_before = places < jnp.sum(ranked < old[None], axis=0)[None]
+    rest = jnp.where(is_before, ranked, jnp.concatenate([ranked[1:], end]))
+    rank = jnp.sum(rest < new[None], axis=0)[None]
+    after = jnp.where(places == rank, new[None], jnp.concatenate([end, rest[:-1]]))
+    return jnp.where(places < rank, rest, after)
+
+
+def _percentile(ranked: jax.Array, q: ArrayLike, total: jax.Array) -> jax.Array:
+    """Returns a percentile of the first norms, interpolated linearly."""
+    share = jnp.clip(jnp.asarray(q, ranked.dtype) / 100, 0, 1)
+    place = (share * (total - 1).astype(ranked.dtype))[None]
+    low = jnp.floor(place).astype(jnp.int32)
+    high = jnp.minimum(low + 1, (total - 1)[None])
+    pair = [jnp.take_along_axis(ranked, i, axis=0)[0] for i in (low, high)]
+    return pair[0] + (place - low)[0] * (pair[1] - pair[0])
 
 
 class QuantileState(NamedTuple):
@@ -271,7 +311,7 @@ def _rule(
 def _remembered(norms: jax.Array, state: WindowState) -> WindowState:
     """Returns the window with the newest norms in place of the oldest."""
     count, size = state.seen_count, state.last_norms.shape[0]
-    newest = _places(state) == (count % size)[None]
+    newest = _places(state.last_norms) == (count % size)[None]
     return WindowState(
         jnp.asarray(optax.safe_increment(count)),
         jnp.where(newest, norms[None], state.last_norms),
@@ -281,11 +321,11 @@ def _remembered(norms: jax.Array, state: WindowState) -> WindowState:
 def _filled(state: WindowState) -> tuple[jax.Array, jax.Array]:
     """Returns which places of the window hold norms, and how many."""
     total = jnp.minimum(state.seen_count, state.last_norms.shape[0])
-    return _places(state) < total[None], total
+    return _places(state.last_norms) < total[None], total
 
 
-def _places(state: WindowState) -> jax.Array:
-    ring = state.last_norms
+def _places(ring: jax.Array) -> jax.Array:
+    """Returns the place of every norm in its window."""
     return jnp.arange(ring.shape[0]).reshape((-1,) + (1,) * (ring.ndim - 1))
 
 

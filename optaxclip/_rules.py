@@ -31,11 +31,11 @@ def autoclip(
 
     Args:
       percentile: from 0 to 100.
-      window: norms remembered, static; all are sorted at every step.
+      window: norms remembered, static.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
-      which holds ``window + 1`` numbers for the history.
+      which holds ``2 * window + 1`` numbers for the history.
 
     Raises:
       TypeError: ``percentile`` is not a number.

@@ -27,6 +27,7 @@ from optaxclip._averages import (
 from optaxclip._histories import (
     MeanStdState as MeanStdState,
     QuantileState as QuantileState,
+    RankedState as RankedState,
     WindowState as WindowState,
     mean_plus_std as mean_plus_std,
     streaming_quantile as streaming_quantile,

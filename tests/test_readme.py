@@ -1,21 +1,29 @@
-"""The README's snippets run in order and print what it says."""
+"""The snippets of the README and of the docs run in order and print what is there."""
 
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
-def test_the_readme_prints_what_it_says(capsys):
+
+@every_page
+def test_a_page_prints_what_it_says(page, capsys):
     names = {}
-    blocks = BLOCK.findall(README.read_text(encoding="utf-8"))
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    assert blocks
     for code, _ in blocks:
-        exec(compile(code, README.name, "exec"), names)
+        exec(compile(code, page.name, "exec"), names)
     assert capsys.readouterr().out == "".join(output for _, output in blocks)
 
 
-def test_the_readme_names_only_files_that_exist():
-    links = re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8"))
-    missing = [link for link in links if not (README.parent / link).exists()]
+@every_page
+def test_a_page_names_only_files_that_exist(page):
+    links = re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if not (page.parent / link).exists()]
     assert links and not missing

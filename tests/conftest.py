@@ -37,6 +37,10 @@ WHOLE_RUNS = (
 )
 
 
+# Where digits are the question, kernels are those that a user runs.
+OPTIMIZED = ("test_norms.py", "test_numerics.py", "test_platforms.py")
+
+
 def pytest_collection_modifyitems(items):
     """Tests of one clip and dtype follow each other: they share compiled steps."""
     modules = list(dict.fromkeys(item.path for item in items))
@@ -54,6 +58,34 @@ def pytest_collection_modifyitems(items):
         )
 
     items.sort(key=order)
+
+
+@pytest.fixture(scope="session")
+def kinds_compiled():
+    """Whether the kernels in JAX's caches were made by the quick compiler."""
+    return set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler(request, kinds_compiled):
+    """LLVM does not optimize kernels that run once: a quarter of the time of a test.
+
+    XLA's own passes stay, so the same operations are done in the same fusions and only
+    the machine code is slower. The variable of the environment goes first: `.ci/run`
+    tests the oldest versions with all optimizations.
+    """
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    quick = request.path.name not in OPTIMIZED
+    if flag.upper() in os.environ:
+        quick = before
+    if kinds_compiled - {quick}:
+        jax.clear_caches()  # its keys do not tell the kinds apart
+        kinds_compiled.clear()
+    kinds_compiled.add(quick)
+    jax.config.update(flag, quick)
+    yield
+    jax.config.update(flag, before)
 
 
 @pytest.fixture(autouse=True)

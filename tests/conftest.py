@@ -26,12 +26,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Their tests share a run of an example, which takes as long as a hundred other tests.
-# The first tests go to one worker in one piece, so that it runs once.
+# Their tests share a run of an example or of processes, which takes as long as a hundred
+# other tests. The first tests go to one worker in one piece, so that it runs once.
 WHOLE_RUNS = (
     "char_lstm",
     "image_classifier",
     "lstm_handwriting",
+    "processes",
     "sharded_transformer",
     "survive",
 )

@@ -26,8 +26,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Their tests share a run of an example or of processes, which takes as long as a hundred
-# other tests. The first tests go to one worker in one piece, so that it runs once.
+# Their tests share a run of an example, which takes as long as a hundred other tests.
+# The first tests go to one worker in one piece, so that it runs once.
 WHOLE_RUNS = (
     "char_lstm",
     "image_classifier",
@@ -37,6 +37,9 @@ WHOLE_RUNS = (
     "survive",
 )
 
+
+FLAG = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+CHOSEN = FLAG in os.environ
 
 # Where digits are the question, kernels are those that a user runs.
 OPTIMIZED = (
@@ -74,21 +77,22 @@ def kinds_compiled():
 
 @contextlib.contextmanager
 def compiler(quick, kinds_compiled):
-    """LLVM does not optimize what is compiled inside, or does.
+    """Whether LLVM may leave out its optimizations, here and in processes from here.
 
-    The variable of the environment goes first: `.ci/run` tests the oldest versions with
+    A variable of the environment goes first: `.ci/run` tests the oldest versions with
     all optimizations.
     """
-    flag = "jax_disable_most_optimizations"
-    before = jax.config.read(flag)
-    quick = before if flag.upper() in os.environ else quick
+    before = jax.config.read(FLAG.lower())
+    quick = before if CHOSEN else quick
     if kinds_compiled - {quick}:
         jax.clear_caches()  # its keys do not tell the kinds apart
         kinds_compiled.clear()
     kinds_compiled.add(quick)
-    jax.config.update(flag, quick)
-    yield
-    jax.config.update(flag, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FLAG, str(int(quick)))
+        jax.config.update(FLAG.lower(), quick)
+        yield
+    jax.config.update(FLAG.lower(), before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,9 +31,7 @@ def run(commands, folder, timeout):
     Raises:
       AssertionError: with what was written by those that failed, or by all.
     """
-    # As in conftest.py, and devices are the script's business.
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment = quick | os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": ""}  # devices are the script's business
     logs = [folder / f"process_{number}.log" for number in range(len(commands))]
     with contextlib.ExitStack() as stack:
         processes = []

@@ -4,6 +4,7 @@ The devices must be asked for before JAX starts, so this stands above every impo
 of it.
 """
 
+import contextlib
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -31,14 +32,23 @@ WHOLE_RUNS = (
     "char_lstm",
     "image_classifier",
     "lstm_handwriting",
+    "processes",
     "rules_compared",
     "sharded_transformer",
     "survive",
 )
 
 
+FLAG = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+CHOSEN = FLAG in os.environ
+
 # Where digits are the question, kernels are those that a user runs.
-OPTIMIZED = ("test_norms.py", "test_numerics.py", "test_platforms.py")
+OPTIMIZED = (
+    "test_norms.py",
+    "test_numerics.py",
+    "test_per_example.py",
+    "test_platforms.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -66,26 +76,43 @@ def kinds_compiled():
     return set()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(request, kinds_compiled):
-    """LLVM does not optimize kernels that run once: a quarter of the time of a test.
+@contextlib.contextmanager
+def compiler(quick, kinds_compiled):
+    """Whether LLVM may leave out its optimizations, here and in processes from here.
 
-    XLA's own passes stay, so the same operations are done in the same fusions and only
-    the machine code is slower. The variable of the environment goes first: `.ci/run`
-    tests the oldest versions with all optimizations.
+    A variable of the environment goes first: `.ci/run` tests the oldest versions with
+    all optimizations.
     """
-    flag = "jax_disable_most_optimizations"
-    before = jax.config.read(flag)
-    quick = request.path.name not in OPTIMIZED
-    if flag.upper() in os.environ:
-        quick = before
+    before = jax.config.read(FLAG.lower())
+    quick = before if CHOSEN else quick
     if kinds_compiled - {quick}:
         jax.clear_caches()  # its keys do not tell the kinds apart
         kinds_compiled.clear()
     kinds_compiled.add(quick)
-    jax.config.update(flag, quick)
-    yield
-    jax.config.update(flag, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FLAG, str(int(quick)))
+        jax.config.update(FLAG.lower(), quick)
+        yield
+    jax.config.update(FLAG.lower(), before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler(request, kinds_compiled):
+    """Kernels that run once are not worth the time that LLVM takes to optimize them.
+
+    XLA's own passes stay, so the same operations are done in the same fusions and only
+    the machine code is slower.
+    """
+    with compiler(request.path.name not in OPTIMIZED, kinds_compiled):
+        yield
+
+
+@pytest.fixture
+def optimized(quick_compiler, kinds_compiled):
+    """All optimizations, for a single test."""
+    with compiler(False, kinds_compiled):
+        yield
+    kinds_compiled.add(True)  # whoever comes next starts afresh
 
 
 @pytest.fixture(autouse=True)

@@ -705,9 +705,14 @@ def every_clip(exempt: Mapping[str, str] | None = None):
 # Every compiled clip costs about half a second, so the tests share them.
 
 
-@functools.cache
 def first_step(name: str, dtype: str = "float32") -> Callable[..., Any]:
     """Compiled `(updates, params, t) -> (updates, state)` from a fresh state."""
+    # Always given: the cache takes an argument left to its default for another one.
+    return _first_step(name, dtype)
+
+
+@functools.cache
+def _first_step(name: str, dtype: str) -> Callable[..., Any]:
     del dtype  # one compiled step per dtype anyway; named so that x64 can't share it
 
     @jax.jit

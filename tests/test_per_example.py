@@ -209,14 +209,28 @@ def mixed_magnitudes():
     return jax.tree.map(scaled, x)
 
 
+@functools.cache
+def clipped_to(norm):
+    """`(max_norm, params, x, where=)` to the sum and what was seen, compiled once."""
+
+    @functools.partial(jax.jit, static_argnames="microbatch_size")
+    def run(max_norm, params, x, where=None, microbatch_size=None):
+        return oc.per_example_clipped_grad(
+            linear_loss,
+            max_norm,
+            norm=NORMS[norm][0],
+            mean=False,
+            microbatch_size=microbatch_size,
+        )(params, x, where=where)
+
+    return run
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("max_norm", [1e-28, 1.0, 1e27])
 def test_every_magnitude_in_one_batch(norm, max_norm):
     x = mixed_magnitudes()
-    grad_fn = oc.per_example_clipped_grad(
-        linear_loss, max_norm, norm=NORMS[norm][0], mean=False
-    )
-    total, seen = jax.jit(grad_fn)(zeros(), x)
+    total, seen = clipped_to(norm)(max_norm, zeros(), x)
     expected = loop(x, max_norm, NORMS[norm][1], helpers.np_rescale)
     chex.assert_trees_all_close(total, expected, rtol=1e-5, atol=1e-6 * max_norm)
     assert seen.nonfinite_count == 0
@@ -242,9 +256,9 @@ def test_an_example_that_is_not_finite_contributes_zero_and_is_counted(norm, bad
     used = ~np.isin(np.arange(BATCH), [3, 7])
     where = np.arange(BATCH) != 7  # padding, which nobody counts
     for size in None, 4:
-        total, seen = oc.per_example_clipped_grad(
-            linear_loss, 1.0, norm=NORMS[norm][0], mean=False, microbatch_size=size
-        )(zeros(), broken, where=where)
+        total, seen = clipped_to(norm)(
+            1.0, zeros(), broken, where=where, microbatch_size=size
+        )
         expected = loop(x, 1.0, NORMS[norm][1], helpers.np_rescale, used)
         chex.assert_trees_all_close(total, expected, rtol=1e-5, atol=1e-6)
         assert (seen.example_count, seen.nonfinite_count) == (9, 1)
@@ -423,6 +437,7 @@ def grid(kind=AxisType.Auto):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
 
 
+@functools.cache
 def expected_case():
     params, x, y = network_case(32)
     grad_fn = oc.per_example_clipped_grad(network_loss, 0.7)

@@ -3,6 +3,8 @@
 A norm that is zero or not finite enters no history: the loops skip it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,6 +186,23 @@ HISTORIES = {"lively": lively(), "another": lively(1), "late_start": late_start(
 every_history = pytest.mark.parametrize("history", HISTORIES)
 
 
+@functools.cache
+def over_history(clip):
+    """The whole run of a clip, compiled once for all histories of a length."""
+
+    def step(state, updates):
+        updates, state = clip.update(updates, state)
+        after = norms.leaf_norms(updates)
+        return state, (state.max_norms, jnp.stack(jax.tree.leaves(after)))
+
+    @jax.jit
+    def run(grads):
+        first = jax.tree.map(lambda x: x[0], grads)
+        return jax.lax.scan(step, clip.init(first), grads)[1]
+
+    return run
+
+
 def stepped(clip, sizes):
     """`(max_norms, norms of the results)` of a clip whose leaves have these norms."""
     columns = np.reshape(sizes, (len(sizes), -1)).T
@@ -192,15 +211,7 @@ def stepped(clip, sizes):
         str(i): jnp.asarray(column[:, None] * direction, jnp.float32)
         for i, column in enumerate(columns)
     }
-
-    def step(state, updates):
-        updates, state = clip.update(updates, state)
-        after = norms.leaf_norms(updates)
-        return state, (state.max_norms, jnp.stack(jax.tree.leaves(after)))
-
-    first = jax.tree.map(lambda x: x[0], grads)
-    _, seen = jax.jit(lambda g: jax.lax.scan(step, clip.init(first), g))(grads)
-    return [np.asarray(x, np.float64) for x in seen]
+    return [np.asarray(x, np.float64) for x in over_history(clip)(grads)]
 
 
 RULES = {
@@ -217,12 +228,17 @@ RULES = {
 }
 
 
+@functools.cache
+def clip_of(rule):
+    return RULES[rule][0]()
+
+
 @every_history
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_its_reference_over_the_whole_history(rule, history):
-    make, reference, arguments = RULES[rule]
+    _, reference, arguments = RULES[rule]
     sizes = HISTORIES[history]
-    ours, after = stepped(make(), sizes)
+    ours, after = stepped(clip_of(rule), sizes)
     real = np.isfinite(sizes) & (sizes > 0)
     right = np.array(reference(sizes.astype(np.float64), *arguments))
     np.testing.assert_allclose(ours.ravel()[real], right[real], rtol=1e-5)
@@ -341,7 +357,8 @@ def test_autoclip_at_100_never_clips():
 def test_zclip_is_continuous_at_its_threshold_and_tends_to_the_mean():
     warm = np.tile([1.0, 3.0], 10)  # mean 2, deviation 1
     at = [2 + z for z in (2.4999, 2.5001, 2.6, 5.0, 50.0, 1e6)]
-    last = [allowed(oc.zclip(2.5, 0.97, 20, jnp.inf), [*warm, norm])[-1] for norm in at]
+    clip = oc.zclip(2.5, 0.97, 20, jnp.inf)
+    last = [allowed(clip, [*warm, norm])[-1] for norm in at]
     assert np.isinf(last[0])
     np.testing.assert_allclose(last[1], at[1], rtol=1e-4)
     assert np.all(np.diff(last[1:]) < 0)
@@ -403,7 +420,7 @@ def test_a_rule_does_not_depend_on_the_unit_of_the_norm(rule, scale):
     sizes = lively(steps=300)
     sizes = np.where(np.abs(sizes) > 30, 30, sizes)  # room for the scale
     one, many = (
-        stepped(RULES[rule][0](), np.float64(sizes) * s)[0].ravel() for s in (1, scale)
+        stepped(clip_of(rule), np.float64(sizes) * s)[0].ravel() for s in (1, scale)
     )
     np.testing.assert_allclose(many / scale, one, rtol=1e-4)
 
@@ -424,8 +441,9 @@ EACH = {
 def test_a_scope_among_many_is_that_scope_alone(rule):
     sizes = columns_of_leaves(400)
     many, _ = stepped(oc.clip_by(norms.leaf_norms, EACH[rule]()), sizes)
+    single = oc.clip_by(norms.global_norm, EACH[rule]())
     for i, column in enumerate(sizes.T):
-        one, _ = stepped(oc.clip_by(norms.global_norm, EACH[rule]()), column)
+        one, _ = stepped(single, column)
         real = is_real(column)
         np.testing.assert_allclose(many[real, i], one[real], rtol=1e-6)
 

@@ -265,7 +265,7 @@ def two_steps() -> tuple[Any, dict[str, Any]]:
 def test_a_clip_has_the_norm_and_the_factor_of_its_row(name):
     """Of units the state keeps one for each leaf."""
     updates, states = two_steps()
-    norm = eval(CLIPS[name].norm.strip("`"), vars(norms))(updates)
+    norm = eval(CLIPS[name].norm.strip("`"), dict(vars(norms)))(updates)
     every = jax.tree.leaves(norm)
     got = np.ravel(states[name].norms)
     assert got.size == len({float(np.max(x)) for x in every})

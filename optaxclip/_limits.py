@@ -142,7 +142,8 @@ def _merged(parts: list[tuple[list[int], Packed]], scopes: Sequence[Scope]) -> P
 def _init_entry(entry: Any, norms: Packed) -> Any:
     if not isinstance(entry, optax.GradientTransformation):
         return optax.EmptyState()
-    state = entry.init(norms)
+    # A vector, for not every rule knows what to do with units.
+    state = entry.init(norms.whole if isinstance(norms, Units) else norms)
     if isinstance(norms, Units) and jax.tree.leaves(state):
         raise ValueError(
             "Expected a rule without a state for a norm of units, got one that keeps a"

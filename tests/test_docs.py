@@ -244,36 +244,36 @@ CLIPS = {
 
 
 @functools.cache
-def two_steps() -> tuple[Any, dict[str, Any]]:
-    """The last updates, and the state of every clip after them, in one program."""
+def steps() -> tuple[list[Any], dict[str, list[Any]]]:
+    """Updates, and the state of every clip after each of them, in one program."""
     updates, params = helpers.updates_and_params()
-    last = jax.tree.map(lambda x: 3 * x, updates)
+    scaled = [jax.tree.map(lambda x, t=t: t * x, updates) for t in (1, 3, 0.01)]
 
     @jax.jit
-    def states(first, last, params):
+    def states(scaled, params):
         found = {}
         for name in CLIPS:
             clip = made(name)
-            _, state = clip.update(first, clip.init(params), params)
-            _, found[name] = clip.update(last, state, params)
+            state, found[name] = clip.init(params), []
+            for updates in scaled:
+                _, state = clip.update(updates, state, params)
+                found[name].append(state)
         return found
 
-    return last, states(updates, last, params)
+    return scaled, states(scaled, params)
 
 
 @every_row(CLIPS)
 def test_a_clip_has_the_norm_and_the_factor_of_its_row(name):
     """Of units the state keeps one for each leaf."""
-    updates, states = two_steps()
-    norm = eval(CLIPS[name].norm.strip("`"), dict(vars(norms)))(updates)
-    every = jax.tree.leaves(norm)
-    got = np.ravel(states[name].norms)
-    assert got.size == len({float(np.max(x)) for x in every})
-    for value in got:
-        assert any(np.isclose(x, value, rtol=1e-5).any() for x in every)
+    scaled, states = steps()
+    norm = eval(CLIPS[name].norm.strip("`"), dict(vars(norms)))
     factor = getattr(factors, str(in_code(CLIPS[name].factor, factors)))
-    np.testing.assert_allclose(
-        states[name].factors,
-        factor(states[name].norms, states[name].max_norms),
-        rtol=1e-5,
-    )
+    for updates, state in zip(scaled, states[name], strict=True):
+        every, got = jax.tree.leaves(norm(updates)), np.ravel(state.norms)
+        assert got.size == len({float(np.max(x)) for x in every})
+        for value in got:
+            assert any(np.isclose(x, value, rtol=1e-5).any() for x in every)
+        free = jnp.isinf(state.max_norms)
+        expected = jnp.where(free, 1, factor(state.norms, state.max_norms))
+        np.testing.assert_allclose(state.factors, expected, rtol=1e-5)

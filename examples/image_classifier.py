@@ -78,7 +78,15 @@ WHERE_TO_GET_THEM = (
     " has them too."
 )
 # What builds a transformation out of no more than a number, and still is no clip.
-NO_CLIPS = ("skip_if_nonfinite", "skip_if_spike", "unscale", "zero_nonfinite")
+NO_CLIPS = (
+    "reset_momentum",
+    "skip_if_nonfinite",
+    "skip_if_spike",
+    "stable_adamw",
+    "u_clip",
+    "unscale",
+    "zero_nonfinite",
+)
 
 Clip = optax.GradientTransformationExtraArgs
 NO_CLIP: Clip = optax.with_extra_args_support(optax.identity())

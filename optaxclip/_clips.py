@@ -187,7 +187,9 @@ def adaptive_grad_clip(
       clipping: largest ratio of update norm to parameter norm.
       eps: floor of the parameter norm, so that units at zero can grow.
       axis: the axes within a unit, static, or a mapping from path patterns to axes;
-        None goes by rank, see :func:`optaxclip.norms.unit_norms`.
+        None goes by rank, see :func:`optaxclip.norms.unit_norms`. Kernels of layers
+        that are stacked for a scan, ``(layers, in, out)``, need 1: by rank a unit would
+        go over the layers.
       exclude: path patterns of the leaves that are never clipped.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import operator
 import unittest
 from typing import Any
 
@@ -70,6 +71,18 @@ def test_clip_by_value_wants_numbers_from_its_schedule():
         ValueError, match=r"a pair \(low, high\), got shapes \[\(2,\)\]"
     ):
         clip.update(jnp.ones(2), clip.init(jnp.ones(2)))
+
+
+def test_stacked_layers_are_clipped_like_each_alone():
+    params = {"layers": helpers.random_tree(seed=2, shapes={"kernel": (3, 5, 4)})}
+    grads = {"layers": helpers.random_tree(seed=1, shapes={"kernel": (3, 5, 4)})}
+    stacked = oc.adaptive_grad_clip(0.1, axis={"layers": 1})
+    together, _ = stacked.update(grads, stacked.init(params), params)
+    clip = oc.adaptive_grad_clip(0.1)
+    for layer in map(operator.itemgetter, range(3)):
+        grad, param, both = (jax.tree.map(layer, x) for x in (grads, params, together))
+        alone, _ = clip.update(grad, clip.init(param), param)
+        helpers.assert_close(both, alone)
 
 
 def test_a_clip_of_units_records_its_leaves_in_tree_order():

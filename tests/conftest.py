@@ -4,7 +4,6 @@ The devices must be asked for before JAX starts, so this stands above every impo
 of it.
 """
 
-import contextlib
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -44,6 +43,7 @@ CHOSEN = FLAG in os.environ
 
 # Where digits are the question, kernels are those that a user runs.
 OPTIMIZED = (
+    "test_layers.py",
     "test_norms.py",
     "test_numerics.py",
     "test_per_example.py",
@@ -52,9 +52,18 @@ OPTIMIZED = (
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of one clip and dtype follow each other: they share compiled steps."""
+    """Tests of one clip and dtype follow each other: they share compiled steps.
+
+    Those of optimized kernels come early, as long as there is little to forget.
+    """
     modules = list(dict.fromkeys(item.path for item in items))
-    modules.sort(key=lambda path: not any(name in path.name for name in WHOLE_RUNS))
+
+    def turn(path):
+        if any(name in path.name for name in WHOLE_RUNS):
+            return 0
+        return 1 if path.name in OPTIMIZED else 2
+
+    modules.sort(key=turn)
 
     def order(item):
         params = getattr(item, "callspec", None)
@@ -76,15 +85,17 @@ def kinds_compiled():
     return set()
 
 
-@contextlib.contextmanager
-def compiler(quick, kinds_compiled):
-    """Whether LLVM may leave out its optimizations, here and in processes from here.
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiler(request, kinds_compiled):
+    """Kernels that run once are not worth the time that LLVM takes to optimize them.
 
-    A variable of the environment goes first: `.ci/run` tests the oldest versions with
-    all optimizations.
+    XLA's own passes stay, so the same operations are done in the same fusions and only
+    the machine code is slower, here and in processes that are started here. A variable
+    of the environment goes first: `.ci/run` tests the oldest versions with all
+    optimizations.
     """
     before = jax.config.read(FLAG.lower())
-    quick = before if CHOSEN else quick
+    quick = before if CHOSEN else request.path.name not in OPTIMIZED
     if kinds_compiled - {quick}:
         jax.clear_caches()  # its keys do not tell the kinds apart
         kinds_compiled.clear()
@@ -94,25 +105,6 @@ def compiler(quick, kinds_compiled):
         jax.config.update(FLAG.lower(), quick)
         yield
     jax.config.update(FLAG.lower(), before)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(request, kinds_compiled):
-    """Kernels that run once are not worth the time that LLVM takes to optimize them.
-
-    XLA's own passes stay, so the same operations are done in the same fusions and only
-    the machine code is slower.
-    """
-    with compiler(request.path.name not in OPTIMIZED, kinds_compiled):
-        yield
-
-
-@pytest.fixture
-def optimized(quick_compiler, kinds_compiled):
-    """All optimizations, for a single test."""
-    with compiler(False, kinds_compiled):
-        yield
-    kinds_compiled.add(True)  # whoever comes next starts afresh
 
 
 @pytest.fixture(autouse=True)

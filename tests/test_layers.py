@@ -227,7 +227,7 @@ class Rematerialised(nnx.Module):
         return forward(x, self.layers)
 
 
-def test_nnx_layers_within_scan_and_remat(x, optimized):
+def test_nnx_layers_within_scan_and_remat(x):
     model = Rematerialised(nnx.Rngs(0))
     fun = oc.clip_layer_cotangents(lambda model, x: jnp.sum(model(x)), {"layers": 0.1})
     grads = nnx.jit(nnx.grad(fun))(model, x)

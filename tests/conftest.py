@@ -4,7 +4,9 @@ The devices must be asked for before JAX starts, so this stands above every impo
 of it.
 """
 
+import itertools
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -105,6 +107,23 @@ def quick_compiler(request, kinds_compiled):
         jax.config.update(FLAG.lower(), quick)
         yield
     jax.config.update(FLAG.lower(), before)
+
+
+TESTS_RUN = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def room_for_kernels():
+    """Forgets compiled kernels before there are more than a process may have.
+
+    Each takes some of the 65 530 pieces of memory that Linux lets a process map; one
+    more, and the compiler ends in a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if next(TESTS_RUN) % 100 == 0 and maps.exists():
+        if maps.read_bytes().count(b"\n") > 40_000:
+            jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,12 @@ CLIPS = (  # those whose ways through the code differ
     "value",
     "global_norm",
     "global_norm_ord_3",
+    "leaf_norm",
     "layer_norm",
+    "group_norm_mapping",
+    "block_rms",
     "agc",
+    "relative_to_params",
     "lagged_leaf",
 )
 SETTINGS = ("jit", "shard_map", "shard_map_without_types")

@@ -9,7 +9,7 @@ import numpy as np
 
 from optaxclip import _mesh
 
-_SMALL = 4096  # elements; smaller leaves are joined
+_SMALL = 8192  # elements; smaller leaves are joined
 
 
 class Piece(NamedTuple):

@@ -36,7 +36,8 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
     The first four are of the last step, one for each scope:
     ``clip/norm/encoder/kernel`` for leaves, ``clip/norm/encoder`` for layers.
-    :func:`clip_by_value` only counts its steps.
+    :func:`clip_by_value` only counts its steps, and clips that keep a memory of every
+    element (:func:`acclip`, :func:`spam_clip`) say nothing.
 
     For each guard (:func:`skip_if_nonfinite`, :func:`skip_if_spike`), called ``guard``
     likewise, there are
@@ -70,8 +71,8 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       by ``vmap``, take ``jax.vmap(summary)``.
 
     Raises:
-      ValueError: there is neither a clip in ``opt_state`` nor what one saw, or that
-        has a batch axis.
+      ValueError: there is neither a clip with statistics in ``opt_state`` nor what one
+        saw, or that has a batch axis.
 
     Examples:
       >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -89,9 +90,10 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     result = _cotangents(opt_state)
     if not found and not result:
         raise ValueError(
-            "Expected the state of an optimizer with a clip of this library in it, got"
-            f" {type(opt_state).__name__} without one. Pass what `tx.init` or"
-            " `tx.update` returned, or the gradient of `cotangent_stats()`."
+            "Expected the state of an optimizer with a clip of this library in it that"
+            f" keeps statistics, got {type(opt_state).__name__} without one. Pass what"
+            " `tx.init` or `tx.update` returned, or the gradient of"
+            " `cotangent_stats()`."
         )
     same = collections.Counter((_kind(state), labels) for labels, state, _ in found)
     seen: collections.Counter[Any] = collections.Counter()

@@ -222,6 +222,8 @@ def test_a_state_without_a_clip_raises(state):
         summary(state)
 
 
-def test_the_state_of_an_optimizer_without_a_clip_raises():
-    with pytest.raises(ValueError, match=r"without one"):
-        summary(optax.adam(0.1).init(TREE))
+@pytest.mark.parametrize("make", [optax.adam, oc.acclip, oc.spam_clip])
+def test_an_optimizer_whose_clips_keep_no_statistics_raises(make):
+    message = r"with a clip .* keeps statistics, got tuple without one"
+    with pytest.raises(ValueError, match=message):
+        summary(optax.chain(make(0.1)).init(TREE))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import helpers
 from helpers import oc
@@ -169,6 +170,30 @@ def test_a_reset_cures_moments_that_are_nan():
     gradients[1] = np.nan
     updates, _ = scanned(oc.reset_momentum(optax.trace(0.5), 4, 0), gradients)
     assert list(np.isfinite(updates[:, 0])) == [True, False, False, True]
+
+
+def test_an_nnx_optimizer_resets_its_momentum():
+    model = nnx.Linear(3, 2, use_bias=False, rngs=nnx.Rngs(0))
+    tx = oc.reset_momentum(optax.trace(1.0), 3, 0)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def update(model, optimizer):
+        ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        optimizer.update(model, ones)
+
+    kernels = []
+    for _ in range(6):
+        kernels.append(np.array(model.kernel[...])[0, 0])
+        update(model, optimizer)
+    np.testing.assert_allclose(np.diff(kernels), [1, 2, 1, 2, 3], rtol=1e-6)
+
+
+def test_the_rhythm_of_resets_can_be_injected():
+    tx = optax.inject_hyperparams(oc.reset_momentum)(optax.trace(1.0), 3, 0)
+    updates, states = scanned(tx, np.ones((6, 2), np.float32))
+    np.testing.assert_array_equal(updates[:, 0], [1, 2, 1, 2, 3, 1])
+    assert set(states.hyperparams) == {"every", "warmup_steps"}
 
 
 def test_statistics_of_a_clip_inside_go_on():

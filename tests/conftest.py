@@ -1,16 +1,9 @@
-"""What every test needs: eight virtual devices, strict shapes, and one precision.
-
-The devices must be asked for before JAX starts, so this stands above every import
-of it.
-"""
+"""What every test needs: eight virtual devices, strict shapes, and one precision."""
 
 import itertools
 import os
 import pathlib
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+import platform
 
 import chex
 import hypothesis
@@ -19,6 +12,21 @@ import jax.numpy as jnp
 import pytest
 
 import helpers
+
+# Kernels that run once are not worth the time it takes to make them fast. XLA's passes
+# stay, so the same operations are done in the same fusions; only its code generator is
+# the older one, and LLVM does not optimize. What a user runs is tested by `.ci/run`,
+# which sets this variable to 0 and repeats the modules where digits are the question.
+VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+QUICK = os.environ.setdefault(VARIABLE, "1") != "0"  # set: processes started here, too
+jax.config.update(VARIABLE.lower(), QUICK)
+
+# XLA reads its flags with the first array, and stops at any that it does not know.
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if QUICK and jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
+    # Without a fused multiply-add two programs round the same sum alike.
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=AVX"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
 hypothesis.settings.register_profile(
@@ -40,32 +48,10 @@ WHOLE_RUNS = (
 )
 
 
-FLAG = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-CHOSEN = FLAG in os.environ
-
-# Where digits are the question, kernels are those that a user runs.
-OPTIMIZED = (
-    "test_layers.py",
-    "test_norms.py",
-    "test_numerics.py",
-    "test_per_example.py",
-    "test_platforms.py",
-)
-
-
 def pytest_collection_modifyitems(items):
-    """Tests of one clip and dtype follow each other: they share compiled steps.
-
-    Those of optimized kernels come early, as long as there is little to forget.
-    """
+    """Tests of one clip and dtype follow each other: they share compiled steps."""
     modules = list(dict.fromkeys(item.path for item in items))
-
-    def turn(path):
-        if any(name in path.name for name in WHOLE_RUNS):
-            return 0
-        return 1 if path.name in OPTIMIZED else 2
-
-    modules.sort(key=turn)
+    modules.sort(key=lambda path: not any(run in path.name for run in WHOLE_RUNS))
 
     def order(item):
         params = getattr(item, "callspec", None)
@@ -79,34 +65,6 @@ def pytest_collection_modifyitems(items):
         )
 
     items.sort(key=order)
-
-
-@pytest.fixture(scope="session")
-def kinds_compiled():
-    """Whether the kernels in JAX's caches were made by the quick compiler."""
-    return set()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiler(request, kinds_compiled):
-    """Kernels that run once are not worth the time that LLVM takes to optimize them.
-
-    XLA's own passes stay, so the same operations are done in the same fusions and only
-    the machine code is slower, here and in processes that are started here. A variable
-    of the environment goes first: `.ci/run` tests the oldest versions with all
-    optimizations.
-    """
-    before = jax.config.read(FLAG.lower())
-    quick = before if CHOSEN else request.path.name not in OPTIMIZED
-    if kinds_compiled - {quick}:
-        jax.clear_caches()  # its keys do not tell the kinds apart
-        kinds_compiled.clear()
-    kinds_compiled.add(quick)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(FLAG, str(int(quick)))
-        jax.config.update(FLAG.lower(), quick)
-        yield
-    jax.config.update(FLAG.lower(), before)
 
 
 TESTS_RUN = itertools.count(1)

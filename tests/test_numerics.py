@@ -269,7 +269,7 @@ def test_a_long_vector_of_ones_is_counted_exactly():
 # Properties, against float64
 # --------------------------------------------------------------------------------------
 
-LEAVES = 40
+LEAVES = 100
 # Powers of ten of the elements that each format holds without subnormal numbers.
 MAGNITUDES = {
     "float32": (-37, 37),

@@ -325,7 +325,9 @@ def test_a_strict_bound_holds_exactly(dtype, norm):
 def test_without_strict_rounding_may_exceed_the_bound(dtype):
     """That is what `strict` is for, and how the test above can fail."""
     found = clipped_norms(dtype, False)
-    assert 1 < found.max() < 1 + float(jnp.finfo(dtype).eps)
+    # The factor is rounded in float32, the products in their own dtype.
+    roundings = float(jnp.finfo(jnp.float32).eps) + float(jnp.finfo(dtype).eps)
+    assert 1 < found.max() < 1 + roundings
 
 
 def test_strict_loses_no_more_than_it_has_to():

@@ -19,6 +19,7 @@ from optaxclip import (
     _limits,
     _mesh,
     _scopes,
+    _selection,
     _splits,
     norms,
     thresholds,
@@ -282,15 +283,17 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
         )
         is_accepted = verdict.is_finite & (finite_row > max_consecutive)
         skip = verdict.is_bad & ~is_accepted
-        new_updates, guarded_state = inner.update(
-            updates, state.guarded_state, params, **extra_args
+        new_updates, guarded_state = _selection.take(
+            lambda: inner.update(updates, state.guarded_state, params, **extra_args),
+            state.guarded_state,
+            skip,
         )
 
         def kept(old: Any, new: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
 
         return kept(jax.tree.map(_nothing, new_updates), new_updates), GuardState(
-            guarded_state=kept(state.guarded_state, guarded_state),
+            guarded_state=guarded_state,
             step_count=jnp.asarray(optax.safe_increment(state.step_count)),
             skipped_count=kept(
                 optax.safe_increment(state.skipped_count), state.skipped_count

@@ -7,7 +7,6 @@ the params when the new state is written over it, at least on a CPU, where eithe
 loop of its own: then all of it is copied.
 """
 
-import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +57,7 @@ def _select_early(jaxpr: core.Jaxpr, count: int) -> core.Jaxpr:
     makers: dict[Any, core.JaxprEqn] = {v: e for e in jaxpr.eqns for v in e.outvars}
     selections = [makers[v] for v in jaxpr.outvars[len(jaxpr.outvars) - count :]]
     new = [(x.invars[2], x) for x in selections if isinstance(x.invars[2], core.Var)]
-    times = collections.Counter(var for var, _ in new)
-    # What stands for two entries is selected for each of them, at the end.
-    early = {var: x for var, x in new if var in makers and times[var] == 1}
+    early = {var: x for var, x in new if var in makers}
     moved = {x.outvars[0] for x in early.values()}
     names: dict[Any, Any] = {}
     eqns = []

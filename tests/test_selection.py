@@ -258,6 +258,7 @@ OPTIMIZERS = {
     "momentum": optax.sgd(0.1, momentum=0.9),
     "adam": optax.adam(0.1),
     "lion": optax.lion(0.1),
+    "the state itself": optax.trace(0.9),
 }
 
 
@@ -283,6 +284,6 @@ def test_no_state_is_copied_that_is_not_without_a_guard(name, guard):
     assert copies(name, guard) == copies(name)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam"])
+@pytest.mark.parametrize("name", ["momentum", "adam", "the state itself"])
 def test_without_a_guard_nothing_is_copied(name):
     assert copies(name) == 0

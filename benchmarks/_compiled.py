@@ -9,7 +9,7 @@ import math
 import os
 import re
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,11 +87,29 @@ TARGETS = {
 }
 
 
-def set_up() -> None:
-    """Makes ready to compile; to be called before JAX looks for devices."""
+def installed(names: Iterable[str]) -> list[str]:
+    """Returns those targets that can be compiled for, and says what the others need."""
+    found = []
+    for name in names:
+        target = TARGETS[name]
+        if target.version():
+            found.append(name)
+            continue
+        install = target.install.format(jax=jax.__version__)
+        print(f"{name} is left out: it needs {target.compiler}. To get it,")
+        print(f"in an environment of its own:  pip install {install}")
+    return found
+
+
+def set_up(devices: int) -> None:
+    """Makes ready to compile; to be called before JAX looks for devices.
+
+    Args:
+      devices: whether one or several, as where the program would run: one device joins
+        small leaves.
+    """
     jax.config.update("jax_platforms", "cpu")
-    # Several, as there are where the program would run: one device joins small leaves.
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", devices)
     # A cache on disk would make the second compilation look free.
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or the compiler looks for a TPU

@@ -234,15 +234,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="one layer")
     args = parser.parse_args()
-    wanted = args.platforms or list(TARGETS)
-    args.platforms, missing = [], []
-    for name in wanted:
-        (args.platforms if TARGETS[name].version() else missing).append(name)
-    for name in missing:
-        target = TARGETS[name]
-        install = target.install.format(jax=jax.__version__)
-        print(f"{name} is left out: it needs {target.compiler}. To get it,")
-        print(f"in an environment of its own:  pip install {install}")
+    args.platforms = _compiled.installed(args.platforms or TARGETS)
     if not args.platforms:
         parser.error("no compiler for any of these platforms")
     return args
@@ -250,7 +242,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    _compiled.set_up()
+    _compiled.set_up(devices=8)
     machine = _timing.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     failed = 0

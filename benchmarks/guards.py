@@ -3,10 +3,11 @@
 Run:  python benchmarks/guards.py            # all guards on all trees, some minutes
       python benchmarks/guards.py --quick    # does it run? less than a minute
 
-The step is a clip by the global norm, SGD with momentum and `optax.apply_updates`,
-compiled, with the params and the optimizer's state donated. It is timed as it is, then
-within each of our guards and within Optax's, after all have been seen to give the same
-updates.
+The step is a clip by the global norm, SGD with momentum (or Adam) and
+`optax.apply_updates`, compiled, with the params and the optimizer's state donated. It
+is timed as it is, then within each of our guards and within Optax's, after all have
+been seen to give the same updates. Each is timed with two sets of arrays, made in turn
+and then in reverse: of equal programs that of the later arrays may take a tenth longer.
 
 A guard need not pass over memory once more: the sums that it asks for are those of the
 clip, and what it selects from, the old state and the new one, the step reads and makes
@@ -17,9 +18,8 @@ branches that are hardly ever taken:
   * sums: what goes into reductions. A norm takes 1.00; more says that the guard's sums
     were not the same to the compiler.
   * copies: what is copied. A guard needs the old state beside the new one, and the new
-    one is to be written over the old one, which was donated. Where one loop makes the
-    new params and the new state, as on a GPU, nothing is copied; on a CPU each has a
-    loop of its own, and the old state is kept for the second one.
+    one is to be written over the old one, which was donated. If the params come from
+    the state that was selected, nothing needs the old one then.
 
 Optax's guard has the clip within a branch, and so no figures in these columns.
 """
@@ -51,42 +51,62 @@ GUARDS: dict[str, Guard] = {
     "skip_if_spike": optaxclip.skip_if_spike,
     "apply_if_finite": lambda inner: optax.apply_if_finite(inner, 10),
 }
+# With the state that is, after a first step, what came out of the clip.
+OPTIMIZERS = {
+    "momentum": (optax.sgd(0.01, momentum=0.9), "trace"),
+    "adam": (optax.adam(0.01), "mu"),
+}
 KINDS = {"sums": "reduce", "copies": "copy"}  # of instructions, by column
 RTOL = 1e-5  # between two compilations of one sum
 
 
-def compare(shapes: overhead.Shapes, repeats: int, compiles: int) -> dict[str, Row]:
+def guarded(optimizer: str) -> dict[str, optax.GradientTransformation]:
+    """Returns the optimizer with a clip, alone and within each guard."""
+    inner = optax.chain(optaxclip.clip_by_global_norm(0.1), OPTIMIZERS[optimizer][0])
+    return {name: guard(inner) for name, guard in GUARDS.items()}
+
+
+def compare(
+    shapes: overhead.Shapes, optimizer: str, repeats: int, compiles: int
+) -> dict[str, Row]:
     """Returns the figures of the step with the clip alone and within each guard."""
-    inner = optax.chain(
-        optaxclip.clip_by_global_norm(0.1), optax.sgd(0.01, momentum=0.9)
-    )
-    optimizers = {name: guard(inner) for name, guard in GUARDS.items()}
+    optimizers = guarded(optimizer)
     grads = overhead.random_tree(shapes, seed=0)
     params = overhead.random_tree(shapes, seed=1)
-    carries = {
-        name: (jax.tree.map(jnp.copy, params), optimizer.init(params))
-        for name, optimizer in optimizers.items()
-    }
-    del params
     compiled, compile_times = _timing.compile_apart(
         {
             name: functools.partial(
-                overhead.make_step(optimizer).lower, *carries[name], grads
+                overhead.make_step(tx).lower, params, tx.init(params), grads
             )
-            for name, optimizer in optimizers.items()
+            for name, tx in optimizers.items()
         },
         compiles,
     )
     runners, updates = {}, {}
-    for name, carry in carries.items():
+    names = list(optimizers)
+    for name, turn in [(x, "there") for x in names] + [
+        (x, "back") for x in names[::-1]
+    ]:
+        carry = jax.tree.map(jnp.copy, params), optimizers[name].init(params)
         carry = compiled[name](*carry, grads)
-        # After its first step the momentum is what came out of the clip.
-        updates[name] = jax.tree.map(np.array, optax.tree.get(carry[1], "trace"))
-        runners[name] = overhead.make_runner(compiled[name], carry, grads)
-    del carries
+        if turn == "there":
+            state = optax.tree.get(carry[1], OPTIMIZERS[optimizer][1])
+            updates[name] = jax.tree.map(np.array, state)
+        run = overhead.make_runner(compiled[name], carry, grads)
+        runners[f"{name} {turn}"] = run
     _timing.assert_equal_answers(updates, RTOL)
-    del updates
-    run = _timing.summarize(_timing.interleave(runners, repeats), CLIP_ALONE)
+    del updates, params
+    times = _timing.interleave(runners, repeats)
+    means = {
+        name: [
+            (one + other) / 2
+            for one, other in zip(
+                times[f"{name} there"], times[f"{name} back"], strict=True
+            )
+        ]
+        for name in names
+    }
+    run = _timing.summarize(means, CLIP_ALONE)
     compiling = _timing.summarize(compile_times, CLIP_ALONE)
     gradient_bytes = sum(x.nbytes for x in jax.tree.leaves(grads))
     return {
@@ -102,7 +122,7 @@ def compare(shapes: overhead.Shapes, repeats: int, compiles: int) -> dict[str, R
             "compile_s": compiling[name].seconds,
             "compile_ratio": compiling[name].ratio,
         }
-        for name in runners
+        for name in names
     }
 
 
@@ -112,28 +132,38 @@ def bytes_of(kind: str, compiled: jax.stages.Compiled) -> int:
     return sum(x.bytes for x in program if x.kind == kind and not x.in_branch)
 
 
-def report(tree: str, repeats: int, compiles: int) -> list[Row]:
-    """Prints a line for each guard on one tree, and returns them as rows."""
+def describe(tree: str, optimizer: str, question: str = "guards") -> Row:
+    """Returns what all rows of one tree have in common."""
     shapes = overhead.TREES[tree]()
     sizes = [
         int(np.prod(shape))
         for shape in jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
     ]
+    return {
+        "question": question,
+        "tree": tree,
+        "leaves": len(sizes),
+        "elements": sum(sizes),
+        "optimizer": optimizer,
+    }
+
+
+def report(tree: str, optimizer: str, repeats: int, compiles: int) -> list[Row]:
+    """Prints a line for each guard on one tree, and returns them as rows."""
+    common = describe(tree, optimizer)
+    found = compare(overhead.TREES[tree](), optimizer, repeats, compiles)
     rows = []
-    for name, row in compare(shapes, repeats, compiles).items():
+    for name, row in found.items():
         counts = [f"{row[key]:.2f}" if key in row else "-" for key in KINDS]
         print(
-            f"{tree:8}{len(sizes):7}  {name:18}{row['run_ms']:10.3f}"
+            f"{tree:8}{common['leaves']:7}  {name:18}{row['run_ms']:10.3f}"
             f"{row['run_ratio']:8.3f}{row['added_ms']:11.3f}{counts[0]:>7}"
             f"{counts[1]:>8}{row['compile_s']:11.2f}{row['compile_ratio']:8.2f}",
             flush=True,
         )
         rows.append(
-            {
-                "question": "guards",
-                "tree": tree,
-                "leaves": len(sizes),
-                "elements": sum(sizes),
+            common
+            | {
                 "contender": name,
                 "rounds": repeats,
                 "compiles": compiles,
@@ -149,6 +179,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--trees", nargs="+", choices=overhead.TREES, default=list(overhead.TREES))
+    add("--optimizer", choices=OPTIMIZERS, default="momentum")
     add("--repeats", type=int, default=61, help="rounds per tree")
     add("--compiles", type=int, default=3, help="times to compile")
     add("--out", type=pathlib.Path, default=RESULTS)
@@ -167,12 +198,12 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     machine = _timing.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{args.repeats} rounds, medians")
+    print(f"{args.optimizer}, {args.repeats} rounds, medians")
     columns = ("tree", "leaves", "guard", "run ms", "ratio", "added ms", *KINDS)
     print("{:8}{:>7}  {:18}{:>10}{:>8}{:>11}{:>7}{:>8}".format(*columns), end="")
     print("{:>11}{:>8}".format("compile s", "ratio"))
     for tree in args.trees:
-        rows = report(tree, args.repeats, args.compiles)
+        rows = report(tree, args.optimizer, args.repeats, args.compiles)
         _timing.append_rows(args.out, [machine | row for row in rows])
 
 

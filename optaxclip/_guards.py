@@ -19,6 +19,7 @@ from optaxclip import (
     _limits,
     _mesh,
     _scopes,
+    _selection,
     _splits,
     norms,
     thresholds,
@@ -156,7 +157,8 @@ def skip_if_spike(
     Or those whose loss is, with ``norm=None``; then the norm is not looked at. For the
     spikes that clipping is not enough for. The default is OLMo's: 6 standard
     deviations above the mean of the last 128 steps that were taken, from step 64 on;
-    there it watches norm and loss, by one guard around the other.
+    there it watches norm and loss, by one guard around the other. To the inner one, a
+    step that the outer one skips has not happened: it doesn't count it.
 
     Guarantees:
       * A skipped step leaves no trace, as in :func:`skip_if_nonfinite`; it does not
@@ -175,7 +177,8 @@ def skip_if_spike(
         watches the loss instead, passed as ``update(..., value=loss)``.
       threshold: largest norm that is taken: a number, a schedule, a rule or a mapping,
         as in :func:`clip_by`. Rules are asked by way of :func:`thresholds.lagged`:
-        give them as they are. Schedules count the skipped steps, too.
+        give them as they are, for one that is lagged would go by the step before the
+        last. Schedules count the skipped steps, too.
       max_consecutive: steps skipped in a row before one is accepted, and that raise the
         alarm; a loop that goes back to a checkpoint then never sees one accepted.
 
@@ -282,15 +285,17 @@ def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
         )
         is_accepted = verdict.is_finite & (finite_row > max_consecutive)
         skip = verdict.is_bad & ~is_accepted
-        new_updates, guarded_state = inner.update(
-            updates, state.guarded_state, params, **extra_args
+        new_updates, guarded_state = _selection.take(
+            lambda: inner.update(updates, state.guarded_state, params, **extra_args),
+            state.guarded_state,
+            skip,
         )
 
         def kept(old: Any, new: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
 
         return kept(jax.tree.map(_nothing, new_updates), new_updates), GuardState(
-            guarded_state=kept(state.guarded_state, guarded_state),
+            guarded_state=guarded_state,
             step_count=jnp.asarray(optax.safe_increment(state.step_count)),
             skipped_count=kept(
                 optax.safe_increment(state.skipped_count), state.skipped_count

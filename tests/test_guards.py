@@ -604,6 +604,32 @@ def test_two_guards_watch_norm_and_loss_as_in_olmo():
     assert int(inner["guard/skipped_count"]) == 2
 
 
+def test_to_an_inner_guard_a_step_that_the_outer_one_skips_has_not_happened():
+    by_norm = oc.skip_if_spike(optax.sgd(1.0), threshold=5.0)
+    tx = oc.skip_if_spike(by_norm, norm=None, threshold=5.0)
+    sizes, losses = np.ones((2, 6))
+    sizes[[2, 3, 4]] = losses[[3, 4, 5]] = 9.0, np.nan, 9.0
+    is_taken, _, _, state = passed_by(tx, sizes, losses)
+    assert list(np.flatnonzero(~is_taken)) == [2, 3, 4, 5]
+    outer, inner = state, state.guarded_state
+    assert (int(outer.step_count), int(outer.skipped_count)) == (6, 3)
+    assert (int(inner.step_count), int(inner.skipped_count)) == (3, 1)
+    assert (int(outer.consecutive_count), int(inner.consecutive_count)) == (3, 1)
+
+
+def test_a_rule_that_is_lagged_already_goes_by_the_step_before_the_last():
+    sizes = [1.0, 3.0, 3.0, 7.0, 7.0]
+    taken_by = {}
+    for name, rule in {
+        "as it is": optax.scale(2.0),
+        "lagged": thresholds.lagged(optax.scale(2.0)),
+    }.items():
+        tx = oc.skip_if_spike(optax.sgd(1.0), threshold=rule)
+        taken_by[name], *_ = passed_by(tx, np.array(sizes), np.ones(5))
+    assert list(taken_by["as it is"]) == [True, False, False, False, False]
+    assert list(taken_by["lagged"]) == [True, True, False, False, False]
+
+
 def test_the_default_judges_from_the_64th_step_on():
     sizes = np.where(np.arange(66) % 2, 1.0, 2.0)  # 1.5 +- 0.5
     tx = oc.skip_if_spike(optax.sgd(1.0))

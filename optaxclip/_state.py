@@ -1,10 +1,11 @@
 """What a clip saw, for people to read: its state at first and after a step."""
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import _leaves, _limits, _mesh, _scopes
@@ -44,7 +45,7 @@ def fresh(
     """Returns the state before the first step, given norms of zero."""
     zero = zeros.norms
     if isinstance(zero, _scopes.Units):
-        zero = jnp.zeros_like(zero.whole, shape=len(zero.is_whole))
+        zero = jnp.zeros(len(zeros.scopes), leaves.dtype)
     return ClipState(
         update_count=jnp.zeros((), jnp.int32),
         norms=zero,
@@ -63,9 +64,10 @@ def after(
     rule_state: Any,
 ) -> ClipState:
     """Returns the state after this step."""
-    hardest = _hardest(factors)
-    recorded = functools.partial(_recorded, hardest=hardest, like=state.norms)
-    columns = [recorded(x) for x in (measured.sizes(), max_norms, factors)]
+    columns = [measured.sizes(), max_norms, factors]
+    if isinstance(factors, _scopes.Units):
+        columns = _of_hardest(columns, factors)
+    columns = [_fitting(x, state.norms) for x in columns]
     if measured.axes:
         columns = _mesh.at_smallest(columns[-1], columns, measured.axes)
     new_norms, new_max_norms, new_factors = columns
@@ -83,35 +85,38 @@ def after(
     )
 
 
-def _hardest(factors: _scopes.Packed) -> list[jax.Array]:
-    """Returns where the unit of each leaf is that was clipped hardest, the first one.
+def _of_hardest(
+    columns: list[_scopes.Units], factors: _scopes.Units
+) -> list[jax.Array]:
+    """Returns of the units of each leaf the numbers of the one clipped hardest."""
+    arrays = zip(factors.arrays, *(units.arrays for units in columns), strict=True)
+    found = [_of_first_smallest(*some) for some in arrays]
+    order = np.argsort([i for some in factors.places for i in some])
+    return list(jnp.concatenate(found, axis=1)[:, order])
 
-    Masks, for an index into units that are spread over devices would gather them.
+
+def _of_first_smallest(key: jax.Array, *values: jax.Array) -> jax.Array:
+    """Returns of each row the values where its key is smallest; NaN is smaller yet.
+
+    By masks, for an index into units that are spread over devices would gather them.
     """
-    if not isinstance(factors, _scopes.Units):
-        return []
-    places = [_places(part) for part in factors.parts]
+    if key.ndim == 1:
+        return jnp.stack(values)
+    axes = tuple(range(1, key.ndim))
+    place = jnp.arange(math.prod(key.shape[1:])).reshape(1, *key.shape[1:])
     # Like `argmin`, which takes XLA ten times as long to compile.
-    found = [(f == jnp.min(f)) | jnp.isnan(f) for f in factors.parts]
-    pairs = zip(places, found, strict=True)
-    firsts = [jnp.min(jnp.where(x, i, i.size - 1)) for i, x in pairs]
-    return [i == first for i, first in zip(places, firsts, strict=True)]
+    found = (key == jnp.min(key, axis=axes, keepdims=True)) | jnp.isnan(key)
+    first = jnp.min(jnp.where(found, place, place.size), axis=axes, keepdims=True)
+    return jnp.stack(
+        [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in values]
+    )
 
 
-def _places(x: jax.Array) -> jax.Array:
-    """Returns the place of every element of ``x``, in the order of its memory."""
-    return jnp.arange(x.size).reshape(x.shape)
-
-
-def _recorded(packed: Any, hardest: list[jax.Array], like: jax.Array) -> jax.Array:
-    """Returns what the state keeps: of the units of a leaf, the one clipped hardest."""
-    if isinstance(packed, _scopes.Units):
-        pairs = zip(packed.parts, hardest, strict=True)
-        packed = packed.by_leaf([jnp.sum(jnp.where(i, x, 0)) for x, i in pairs])
-    if packed.shape != jnp.shape(like):
+def _fitting(column: jax.Array, like: Any) -> jax.Array:
+    if column.shape != jnp.shape(like):
         raise ValueError(
-            f"Expected a state with one entry per scope, of shape {packed.shape}, got"
+            f"Expected a state with one entry per scope, of shape {column.shape}, got"
             f" {jnp.shape(like)}: it belongs to another clip or to other params."
             " Call `clip.init(params)`."
         )
-    return packed.astype(like.dtype)
+    return column.astype(like.dtype)

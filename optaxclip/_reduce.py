@@ -60,10 +60,10 @@ def pieces(
     for (scope, over, dtype), some in small.items():
         size = sum(leaf.size for leaf in some)
         rows.setdefault((size, over, dtype), []).append(scope)
-    for (size, over, dtype), same in rows.items():
-        flat = [x.reshape(x.size) for scope in same for x in small[scope, over, dtype]]
-        array = jnp.concatenate(flat).reshape(len(same), size)
-        found.append(Piece(array, tuple(same), over))
+    for (_, over, dtype), same in rows.items():
+        some = [small[scope, over, dtype] for scope in same]
+        flat = [jnp.concatenate([x.reshape(x.size) for x in one]) for one in some]
+        found.append(Piece(jnp.stack(flat), tuple(same), over))
     return found
 
 

@@ -66,7 +66,7 @@ def after(
     """Returns the state after this step."""
     columns = [measured.sizes(), max_norms, factors]
     if isinstance(factors, _scopes.Units):
-        columns = _of_hardest(columns, factors)
+        columns = _of_hardest(*columns)
     columns = [_fitting(x, state.norms) for x in columns]
     if measured.axes:
         columns = _mesh.at_smallest(columns[-1], columns, measured.axes)
@@ -85,31 +85,33 @@ def after(
     )
 
 
-def _of_hardest(
-    columns: list[_scopes.Units], factors: _scopes.Units
-) -> list[jax.Array]:
-    """Returns of the units of each leaf the numbers of the one clipped hardest."""
-    arrays = zip(factors.arrays, *(units.arrays for units in columns), strict=True)
-    found = [_of_first_smallest(*some) for some in arrays]
-    order = np.argsort([i for some in factors.places for i in some])
+def _of_hardest(*columns: _scopes.Units) -> list[jax.Array]:
+    """Returns of each leaf the numbers of the unit whose last one, its factor, is least.
+
+    A NaN is less than any number.
+    """
+    arrays = zip(*(units.arrays for units in columns), strict=True)
+    found = [_at_smallest(*some) for some in arrays]
+    order = np.argsort([i for some in columns[-1].places for i in some])
     return list(jnp.concatenate(found, axis=1)[:, order])
 
 
-def _of_first_smallest(key: jax.Array, *values: jax.Array) -> jax.Array:
-    """Returns of each row the values where its key is smallest; NaN is smaller yet.
+def _at_smallest(*columns: jax.Array) -> jax.Array:
+    """Returns of each row the numbers where those of the last column are smallest.
 
     By masks, for an index into units that are spread over devices would gather them.
     """
+    *others, key = columns
     if key.ndim == 1:
-        return jnp.stack(values)
+        return jnp.stack(columns)
     axes = tuple(range(1, key.ndim))
     place = jnp.arange(math.prod(key.shape[1:])).reshape(1, *key.shape[1:])
     # Like `argmin`, which takes XLA ten times as long to compile.
-    found = (key == jnp.min(key, axis=axes, keepdims=True)) | jnp.isnan(key)
+    smallest = jnp.min(key, axis=axes, keepdims=True)
+    found = (key == smallest) | jnp.isnan(key)
     first = jnp.min(jnp.where(found, place, place.size), axis=axes, keepdims=True)
-    return jnp.stack(
-        [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in values]
-    )
+    rows = [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in others]
+    return jnp.stack([*rows, jnp.squeeze(smallest, axes)])
 
 
 def _fitting(column: jax.Array, like: Any) -> jax.Array:

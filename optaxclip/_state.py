@@ -86,7 +86,7 @@ def after(
 
 
 def _of_hardest(*columns: _scopes.Units) -> list[jax.Array]:
-    """Returns of each leaf the numbers of the unit whose last one, its factor, is least.
+    """Returns of each leaf the numbers of the unit whose last, its factor, is least.
 
     A NaN is less than any number.
     """

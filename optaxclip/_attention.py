@@ -113,6 +113,6 @@ def _scaled_heads(
 
 def _multiplied(leaves: _leaves.Leaves, scales: list[jax.Array]) -> Any:
     scopes = tuple((i,) for i in range(len(scales)))
-    packed = _scopes.Units(jnp.zeros(0), scales, (False,) * len(scales))
+    packed = _scopes.joined(scales, scopes)
     ones = jax.tree.map(jnp.ones_like, packed)
     return _multiply.multiplied(leaves, scopes, packed, ones)

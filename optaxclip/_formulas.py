@@ -4,7 +4,6 @@ Each takes the tree of counted leaves, in the dtype of the arithmetic, and how e
 leaf is split over devices.
 """
 
-import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -118,23 +117,26 @@ def unit_norms(
         winners = _paths.resolve(axis, paths, "`axis`")
         axes = [None if winner is None else axis[winner] for winner in winners]
     units = [_unit(*one) for one in zip(leaves, splits, axes, paths, strict=True)]
-    is_whole = tuple(len(unit.dimensions) == unit.array.ndim for unit in units)
-    whole = list(itertools.compress(leaves, is_whole))
-    parts = [unit for unit, alone in zip(units, is_whole, strict=True) if not alone]
-    their_splits = list(itertools.compress(splits, is_whole))
-    places = range(len(whole))
-    of_whole = _scope_norms(whole, their_splits, places, len(whole), checked(ord))
+    is_whole = [len(unit.dimensions) == unit.array.ndim for unit in units]
+    whole = tuple(i for i, alone in enumerate(is_whole) if alone)
+    rest = [i for i, alone in enumerate(is_whole) if not alone]
+    of_whole = _scope_norms(
+        [leaves[i] for i in whole],
+        [splits[i] for i in whole],
+        range(len(whole)),
+        len(whole),
+        checked(ord),
+    )
+    parts = [units[i] for i in rest]
+    places = [tuple(rest[i] for i in some) for some in _reduce.alike(parts)]
 
     def norms(scale: float) -> _scopes.Units:
-        return _scopes.Units(
-            of_whole(scale), _reduce.kept_norms(parts, scale, ord), is_whole
-        )
+        arrays = _reduce.kept_norms(parts, scale, ord)
+        if whole or not parts:
+            return _scopes.Units([*arrays, of_whole(scale)], (*places, whole))
+        return _scopes.Units(arrays, tuple(places))
 
-    differ = [
-        split.axes - unit.axes
-        for split, unit, alone in zip(splits, units, is_whole, strict=True)
-        if not alone
-    ]
+    differ = [splits[i].axes - units[i].axes for i in rest]
     return _scopes.Plain(
         norms(1.0),
         tuple((i,) for i in range(len(leaves))),

@@ -1,5 +1,6 @@
 """How big is allowed: the threshold of every scope, from what the user gave as one."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from optaxclip._scopes import (
     Packed,
     Scope,
     Units,
-    joined_units,
+    joined,
 )
 
 Threshold = (
@@ -87,7 +88,7 @@ def update(
             )
         parts.append((places, limits))
         states.append(new)
-    allowed = _merged(parts, measured.scopes)
+    allowed = _merged(parts, measured.norms, measured.scopes)
     return allowed, tuple(states) if isinstance(threshold, Mapping) else states[0]
 
 
@@ -128,13 +129,17 @@ def _some(packed: Packed, places: list[int], scopes: Sequence[Scope]) -> Packed:
     return jnp.ravel(packed)[np.array(places, int)]
 
 
-def _merged(parts: list[tuple[list[int], Packed]], scopes: Sequence[Scope]) -> Packed:
-    """Inverts `_some`."""
+def _merged(
+    parts: list[tuple[list[int], Packed]], norms: Packed, scopes: Sequence[Scope]
+) -> Packed:
+    """Inverts `_some`, packed like the norms of all scopes."""
     for places, packed in parts:
         if len(places) == len(scopes):
             return packed
-    if isinstance(parts[0][1], Units):
-        return joined_units(parts)
+    if isinstance(norms, Units):
+        pairs = [zip(some, packed.of_leaves(), strict=True) for some, packed in parts]
+        leaves = dict(itertools.chain(*pairs))
+        return joined([leaves[i] for i in range(len(leaves))], norms.places)
     order = [place for places, _ in parts for place in places]
     return jnp.concatenate([packed for _, packed in parts])[np.argsort(order)]
 
@@ -143,7 +148,7 @@ def _init_entry(entry: Any, norms: Packed) -> Any:
     if not isinstance(entry, optax.GradientTransformation):
         return optax.EmptyState()
     # A vector, for not every rule knows what to do with units.
-    state = entry.init(norms.whole if isinstance(norms, Units) else norms)
+    state = entry.init(jnp.zeros(0) if isinstance(norms, Units) else norms)
     if isinstance(norms, Units) and jax.tree.leaves(state):
         raise ValueError(
             "Expected a rule without a state for a norm of units, got one that keeps a"

@@ -77,10 +77,9 @@ def multiplied(
     rests: _scopes.Packed,
 ) -> Any:
     """Returns the updates times their factors, untouched where the factor is 1."""
-    untouched = jax.tree.map(lambda scale, rest: scale * rest == 1, scales, rests)
     columns = [
         _scopes.of_leaf(packed, scopes, len(leaves.counted))
-        for packed in (scales, rests, untouched)
+        for packed in (scales, rests)
     ]
     every = zip(leaves.counted, *columns, strict=True)
     return leaves.replaced(
@@ -88,9 +87,8 @@ def multiplied(
     )
 
 
-def _times(
-    leaf: Any, dtype: Any, scale: jax.Array, rest: jax.Array, untouched: jax.Array
-) -> jax.Array:
+def _times(leaf: Any, dtype: Any, scale: jax.Array, rest: jax.Array) -> jax.Array:
+    untouched = scale * rest == 1
     product = _leaves.narrow(_leaves.widen(leaf, dtype) * scale * rest, leaf)
     leaf = jnp.asarray(leaf, product.dtype)
     # Where it can be had, `select`: it is quicker to trace and compile than `where`.

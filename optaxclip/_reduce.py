@@ -1,7 +1,7 @@
 """From arrays to the norm of each scope: the sums of powers behind every norm."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,10 +60,10 @@ def pieces(
     for (scope, over, dtype), some in small.items():
         size = sum(leaf.size for leaf in some)
         rows.setdefault((size, over, dtype), []).append(scope)
-    for (size, over, dtype), same in rows.items():
-        flat = [x.reshape(x.size) for scope in same for x in small[scope, over, dtype]]
-        array = jnp.concatenate(flat).reshape(len(same), size)
-        found.append(Piece(array, tuple(same), over))
+    for (_, over, dtype), same in rows.items():
+        some = [small[scope, over, dtype] for scope in same]
+        flat = [jnp.concatenate([x.reshape(x.size) for x in one]) for one in some]
+        found.append(Piece(jnp.stack(flat), tuple(same), over))
     return found
 
 
@@ -106,8 +106,26 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
     )
 
 
+def alike(leaves: Sequence[Kept]) -> list[list[int]]:
+    """Returns which leaves may have their norms in one array.
+
+    Only what is surely on one device, for anything else would be gathered.
+    """
+    found: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        shape = np.array(leaf.array.shape)
+        shape[list(leaf.dimensions)] = 1
+        varying = _mesh.varying_axes(leaf.array) - leaf.axes
+        kind = (tuple(shape), varying) if _mesh.is_local(leaf.array) else i
+        found.setdefault(kind, []).append(i)
+    return list(found.values())
+
+
 def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Array]:
-    """Returns the norms along some dimensions, kept with size 1, times ``scale``."""
+    """Returns the norms along some dimensions, kept with size 1, times ``scale``.
+
+    Each is an array of the norms of leaves that are `alike`.
+    """
     leaves = [x._replace(array=scaled(x.array, scale, ord == 2)) for x in leaves]
     if ord == 1:
         return _kept_totals(leaves, _modulus, jnp.sum)
@@ -117,8 +135,12 @@ def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Arr
     if ord == jnp.inf:
         return largest
     units = [_unit(x) for x in largest]
-    pairs = zip(leaves, units, strict=True)
-    shrunk = [x._replace(array=over(x.array, unit)) for x, unit in pairs]
+    rows = {
+        i: x[row]
+        for x, some in zip(units, alike(leaves), strict=True)
+        for row, i in enumerate(some)
+    }
+    shrunk = [x._replace(array=over(x.array, rows[i])) for i, x in enumerate(leaves)]
     totals = _kept_totals(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
     return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
 
@@ -187,7 +209,8 @@ def _kept_totals(
     parts = [
         combine(element(x.array), axis=x.dimensions, keepdims=True) for x in leaves
     ]
-    return _mesh.each_over(parts, [x.axes for x in leaves], _collective(combine))
+    totals = _mesh.each_over(parts, [x.axes for x in leaves], _collective(combine))
+    return [jnp.stack([totals[i] for i in some]) for some in alike(leaves)]
 
 
 def _collective(combine: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

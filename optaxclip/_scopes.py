@@ -9,13 +9,12 @@ like a built-in one.
 
 import dataclasses
 import functools
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optaxclip import _mesh, _reduce, _splits
 from optaxclip._leaves import Leaves
@@ -29,56 +28,35 @@ EVERYTHING: Scope = ()  # of a bare scalar, which covers every leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """One number for each unit: a leaf that is one unit has its in a common vector.
+    """One number for each unit, those of several leaves in one array.
 
     Attributes:
-      whole: of the leaves that are one unit.
-      parts: of every other leaf, with the dimensions kept.
-      is_whole: of every leaf, in tree order.
+      arrays: ``array[row]`` are the numbers of one leaf, with the dimensions kept; one
+        number if the leaf is one unit.
+      places: of every array, the places of its leaves in tree order.
     """
 
-    whole: jax.Array
-    parts: list[jax.Array]
-    is_whole: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    arrays: list[jax.Array]
+    places: tuple[Scope, ...] = dataclasses.field(metadata={"static": True})
 
     def of_leaves(self) -> list[jax.Array]:
         """Returns the numbers of every leaf, in tree order."""
-        whole, parts = iter(range(sum(self.is_whole))), iter(self.parts)
-        return [self.whole[next(whole)] if w else next(parts) for w in self.is_whole]
+        pairs = zip(self.places, self.arrays, strict=True)
+        rows = {i: array[row] for some, array in pairs for row, i in enumerate(some)}
+        return [rows[i] for i in range(len(rows))]
 
-    def by_leaf(self, parts: list[jax.Array]) -> jax.Array:
-        """Returns one number for every leaf, given those that are not whole."""
-        order = np.argsort(np.argsort(np.logical_not(self.is_whole), kind="stable"))
-        return jnp.concatenate([self.whole, *map(jnp.atleast_1d, parts)])[order]
-
-    def of_some(self, places: Sequence[int]) -> "Units":
+    def of_some(self, chosen: Sequence[int]) -> "Units":
         """Returns the numbers of some leaves."""
-        chosen = set(places)
-        kept = [i in chosen for i in range(len(self.is_whole))]
-        rows = [k for k, w in zip(kept, self.is_whole, strict=True) if w]
-        others = [k for k, w in zip(kept, self.is_whole, strict=True) if not w]
-        return Units(
-            self.whole[np.flatnonzero(rows)],
-            list(itertools.compress(self.parts, others)),
-            tuple(itertools.compress(self.is_whole, kept)),
-        )
+        new = {old: place for place, old in enumerate(chosen)}
+        kept = [tuple(new[i] for i in some if i in new) for some in self.places]
+        leaves = self.of_leaves()
+        return joined([leaves[i] for i in chosen], [some for some in kept if some])
 
 
-def joined_units(some: Sequence[tuple[Sequence[int], Units]]) -> Units:
-    """Returns the numbers of all leaves, given those at some places and at others."""
-    flat = [
-        (place, whole)
-        for places, units in some
-        for place, whole in zip(places, units.is_whole, strict=True)
-    ]
-    rows = np.argsort([place for place, whole in flat if whole])
-    others = np.argsort([place for place, whole in flat if not whole])
-    parts = [part for _, units in some for part in units.parts]
-    return Units(
-        jnp.concatenate([units.whole for _, units in some])[rows],
-        [parts[i] for i in others],
-        tuple(whole for _, whole in sorted(flat)),
-    )
+def joined(leaves: Sequence[jax.Array], places: Sequence[Scope]) -> Units:
+    """Returns the numbers of all leaves, those at some places in one array each."""
+    arrays = [jnp.stack([leaves[i] for i in some]) for some in places]
+    return Units(arrays, tuple(places))
 
 
 class Plain(NamedTuple):
@@ -156,10 +134,31 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Arr
     if EVERYTHING in scopes:
         return [packed] * count
     if isinstance(packed, Units):
-        return packed.of_leaves()
-    entries = [packed[i] for i in range(len(scopes))]
+        scopes = [(i,) for some in packed.places for i in some]
+        entries = [x for array in packed.arrays for x in _entries(array)]
+    else:
+        entries = _entries(packed)
     pairs = zip(scopes, entries, strict=True)
     return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
+
+
+def _entries(array: jax.Array) -> list[jax.Array]:
+    """Returns ``array[i]`` for every i, on a CPU by way of blocks of the array.
+
+    There an entry of the whole would make the kernel of each leaf a different one, each
+    compiled for itself. Leaves at one place of their blocks share theirs.
+    """
+    count = len(array)
+    if count < 2 or jax.default_backend() != "cpu":
+        return [array[i] for i in range(count)]
+    size = math.isqrt(count)
+    blocks = [_apart(array[i : i + size]) for i in range(0, count, size)]
+    return [block[i] for block in blocks for i in range(len(block))]
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """Returns ``x``, divided by 1: the compiler puts no division into many kernels."""
+    return x / jnp.where(x == x, 1, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
@@ -292,5 +291,5 @@ def _packed(norms: Any, treedef: Any) -> tuple[Packed, tuple[Scope, ...]]:
     distinct = [jnp.asarray(values[some[0]]) for some in members.values()]
     scopes = tuple(map(tuple, members.values()))
     if any(value.ndim for value in distinct):
-        return Units(jnp.zeros(0), distinct, (False,) * len(distinct)), scopes
+        return joined(distinct, [(i,) for i in range(len(distinct))]), scopes
     return jnp.stack(distinct) if distinct else jnp.zeros(0), scopes

@@ -74,9 +74,10 @@ def zeros(leaves: _leaves.Leaves) -> Any:
 
 
 def _packed(values: list[jax.Array]) -> Any:
-    is_whole = tuple(x.ndim == 2 for x in values)
-    whole = [x.reshape(1) for x in values if x.ndim == 2]
-    parts = [x for x in values if x.ndim > 2]
-    dtype = values[0].dtype if values else jnp.float32
-    vector = jnp.concatenate([jnp.zeros(0, dtype), *whole])
-    return _scopes.Units(vector, parts, is_whole) if parts else vector
+    sizes = [x.reshape(()) if x.ndim == 2 else x for x in values]
+    if not any(x.ndim for x in sizes):
+        return jnp.stack(sizes) if sizes else jnp.zeros(0, jnp.float32)
+    places: dict[int | None, list[int]] = {}
+    for i, x in enumerate(sizes):
+        places.setdefault(i if x.ndim else None, []).append(i)
+    return _scopes.joined(sizes, [tuple(some) for some in places.values()])

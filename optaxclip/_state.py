@@ -1,10 +1,11 @@
 """What a clip saw, for people to read: its state at first and after a step."""
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optaxclip import _leaves, _limits, _mesh, _scopes
@@ -44,7 +45,7 @@ def fresh(
     """Returns the state before the first step, given norms of zero."""
     zero = zeros.norms
     if isinstance(zero, _scopes.Units):
-        zero = jnp.zeros_like(zero.whole, shape=len(zero.is_whole))
+        zero = jnp.zeros(len(zeros.scopes), leaves.dtype)
     return ClipState(
         update_count=jnp.zeros((), jnp.int32),
         norms=zero,
@@ -63,9 +64,10 @@ def after(
     rule_state: Any,
 ) -> ClipState:
     """Returns the state after this step."""
-    hardest = _hardest(factors)
-    recorded = functools.partial(_recorded, hardest=hardest, like=state.norms)
-    columns = [recorded(x) for x in (measured.sizes(), max_norms, factors)]
+    columns = [measured.sizes(), max_norms, factors]
+    if isinstance(factors, _scopes.Units):
+        columns = _of_hardest(*columns)
+    columns = [_fitting(x, state.norms) for x in columns]
     if measured.axes:
         columns = _mesh.at_smallest(columns[-1], columns, measured.axes)
     new_norms, new_max_norms, new_factors = columns
@@ -83,35 +85,40 @@ def after(
     )
 
 
-def _hardest(factors: _scopes.Packed) -> list[jax.Array]:
-    """Returns where the unit of each leaf is that was clipped hardest, the first one.
+def _of_hardest(*columns: _scopes.Units) -> list[jax.Array]:
+    """Returns of each leaf the numbers of the unit whose last, its factor, is least.
 
-    Masks, for an index into units that are spread over devices would gather them.
+    A NaN is less than any number.
     """
-    if not isinstance(factors, _scopes.Units):
-        return []
-    places = [_places(part) for part in factors.parts]
+    arrays = zip(*(units.arrays for units in columns), strict=True)
+    found = [_at_smallest(*some) for some in arrays]
+    order = np.argsort([i for some in columns[-1].places for i in some])
+    return list(jnp.concatenate(found, axis=1)[:, order])
+
+
+def _at_smallest(*columns: jax.Array) -> jax.Array:
+    """Returns of each row the numbers where those of the last column are smallest.
+
+    By masks, for an index into units that are spread over devices would gather them.
+    """
+    *others, key = columns
+    if key.ndim == 1:
+        return jnp.stack(columns)
+    axes = tuple(range(1, key.ndim))
+    place = jnp.arange(math.prod(key.shape[1:])).reshape(1, *key.shape[1:])
     # Like `argmin`, which takes XLA ten times as long to compile.
-    found = [(f == jnp.min(f)) | jnp.isnan(f) for f in factors.parts]
-    pairs = zip(places, found, strict=True)
-    firsts = [jnp.min(jnp.where(x, i, i.size - 1)) for i, x in pairs]
-    return [i == first for i, first in zip(places, firsts, strict=True)]
+    smallest = jnp.min(key, axis=axes, keepdims=True)
+    found = (key == smallest) | jnp.isnan(key)
+    first = jnp.min(jnp.where(found, place, place.size), axis=axes, keepdims=True)
+    rows = [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in others]
+    return jnp.stack([*rows, jnp.squeeze(smallest, axes)])
 
 
-def _places(x: jax.Array) -> jax.Array:
-    """Returns the place of every element of ``x``, in the order of its memory."""
-    return jnp.arange(x.size).reshape(x.shape)
-
-
-def _recorded(packed: Any, hardest: list[jax.Array], like: jax.Array) -> jax.Array:
-    """Returns what the state keeps: of the units of a leaf, the one clipped hardest."""
-    if isinstance(packed, _scopes.Units):
-        pairs = zip(packed.parts, hardest, strict=True)
-        packed = packed.by_leaf([jnp.sum(jnp.where(i, x, 0)) for x, i in pairs])
-    if packed.shape != jnp.shape(like):
+def _fitting(column: jax.Array, like: Any) -> jax.Array:
+    if column.shape != jnp.shape(like):
         raise ValueError(
-            f"Expected a state with one entry per scope, of shape {packed.shape}, got"
+            f"Expected a state with one entry per scope, of shape {column.shape}, got"
             f" {jnp.shape(like)}: it belongs to another clip or to other params."
             " Call `clip.init(params)`."
         )
-    return packed.astype(like.dtype)
+    return column.astype(like.dtype)

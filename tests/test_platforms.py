@@ -124,3 +124,45 @@ def test_small_leaves_of_one_device_share_a_kernel(norm, one_device):
 def test_leaves_that_may_be_spread_keep_a_kernel_each():
     text = str(jax.make_jaxpr(oc.global_norm)([jnp.ones(10)] * 50))
     assert text.count("reduce_sum") >= 4 * 50
+
+
+def unit_tree(draw, size):
+    shapes = {"a": (3, 2), "b": (5, 2), "c": (4,), "conv": (2, 2, 3, 2), "d": (3, 2)}
+    shapes |= {"head": (3, 2), "scale": ()}
+    normal = {name: draw.normal(size=shape) for name, shape in shapes.items()}
+    return {name: np.asarray(size * x, np.float32) for name, x in normal.items()}
+
+
+def unit_sizes(leaf):
+    axes = tuple(range(leaf.ndim - 1)) if leaf.ndim > 1 else None
+    return np.sqrt(np.sum(leaf.astype(np.float64) ** 2, axis=axes, keepdims=True))
+
+
+def test_units_of_many_leaves_in_one_array_are_clipped_one_by_one(one_device):
+    draw = np.random.default_rng(0)
+    params, grads = unit_tree(draw, 1.0), unit_tree(draw, 0.1)
+    grads["b"][1, 0], grads["d"] = np.nan, np.float32(1e25) * grads["d"]
+    clip = oc.adaptive_grad_clip(0.05, exclude=("head",))
+    updates, state = jax.jit(clip.update)(grads, clip.init(params), params)
+    for i, (name, grad) in enumerate(grads.items()):
+        size = unit_sizes(grad)
+        limit = 0.05 * unit_sizes(params[name]) if name != "head" else np.inf * size
+        factors = np.minimum(1, limit / size)
+        np.testing.assert_allclose(updates[name], grad * factors, rtol=1e-6)
+        hardest = np.argmin(factors)  # the first NaN, if there is one
+        found = [state.norms[i], state.max_norms[i], state.factors[i]]
+        right = [x.ravel()[hardest] for x in (size, limit, factors)]
+        np.testing.assert_allclose(found, right, rtol=1e-6)
+
+
+def test_a_leaf_more_means_few_kernels_more_for_its_units(one_device):
+    clip = oc.adaptive_grad_clip(0.01)
+
+    def kernels(leaves):
+        grads = [jnp.ones((8, 16))] * leaves
+        step = jax.jit(clip.update).lower(grads, clip.init(grads), grads).compile()
+        _, entry = (step.as_text() or "").split("ENTRY")
+        return entry.count(" fusion(")
+
+    # For the norm of the update, that of the parameters, and the product.
+    assert kernels(36) - kernels(25) <= (3 + 1) * 11

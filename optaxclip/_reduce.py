@@ -76,8 +76,9 @@ def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
     Args:
       x: array.
       scale: power of two.
-      square: whether the square will be taken; infinities may then become the largest
-        number, whose square is infinite as well.
+      square: whether the square will be taken. The modulus will do then, and the
+        largest number for an infinity: so a CPU squares and sums in one loop, where it
+        would keep a copy of ``x`` otherwise.
     """
     if scale == 1:
         return x
@@ -85,8 +86,10 @@ def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
         parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
         return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
+    if square:
+        return jnp.minimum(jnp.abs(x) * scale, largest)
     product = jax.lax.clamp(-largest, x * scale, largest)
-    return product if square else jnp.where(jnp.isinf(x), x, product)
+    return jnp.where(jnp.isinf(x), x, product)
 
 
 def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.Array:

@@ -166,3 +166,24 @@ def test_a_leaf_more_means_few_kernels_more_for_its_units(one_device):
 
     # For the norm of the update, that of the parameters, and the product.
     assert kernels(36) - kernels(25) <= (3 + 1) * 11
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        oc.clip_by_global_norm,
+        oc.clip_by_leaf_norm,
+        oc.clip_by_group_norm,
+        oc.clip_by_block_rms,
+        oc.adaptive_grad_clip,
+    ],
+)
+def test_the_second_pass_that_is_rarely_taken_needs_no_copy_of_the_updates(make):
+    clip = make(0.1)
+    # Of different shapes, for leaves of one shape share an array of the scale.
+    grads = {f"layer_{i}": {"w": jnp.ones((64 + i, 96))} for i in range(20)}
+    update = jax.jit(clip.update, donate_argnums=(0, 1))
+    compiled = update.lower(grads, clip.init(grads), grads).compile()
+    memory: Any = compiled.memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(grads))
+    assert memory.temp_size_in_bytes < size / 5

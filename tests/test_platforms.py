@@ -155,6 +155,17 @@ def test_units_of_many_leaves_in_one_array_are_clipped_one_by_one(one_device):
         np.testing.assert_allclose(found, right, rtol=1e-6)
 
 
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf])
+def test_units_of_many_leaves_in_one_array_are_measured_one_by_one(ord, one_device):
+    grads = unit_tree(np.random.default_rng(0), 1.0)
+    grads["b"] = np.float32(1e20) * grads["b"]
+    found = jax.jit(lambda u: oc.norms.unit_norms(u, ord=ord))(grads)
+    for name, grad in grads.items():
+        rows = grad.reshape(-1, grad.shape[-1] if grad.ndim > 1 else 1)
+        right = np.linalg.norm(rows.astype(np.float64), ord=ord, axis=0)
+        np.testing.assert_allclose(found[name].ravel(), right, rtol=1e-6)
+
+
 def test_a_leaf_more_means_few_kernels_more_for_its_units(one_device):
     clip = oc.adaptive_grad_clip(0.01)
 

@@ -812,9 +812,9 @@ def plot_spike(task: str, results: Results, faults: np.ndarray, path: Path) -> N
     figure.suptitle(
         f"{task}: a batch multiplied by 1000 at step 0, medians and quartiles of the"
         " seeds. Below, the norm before the rule (dotted) and after it (full).\n"
-        "Where a curve is missing, most runs were lost."
+        "Along x, the steps before and after. Where a curve is missing, most runs were"
+        " lost."
     )
-    figure.supxlabel("step, from the corrupted one", fontsize="medium")
     lines = axes[0, -1 if len(names) >= across else 0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)

@@ -3,6 +3,7 @@
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
 from optaxclip._acclip import AcclipState as AcclipState, acclip as acclip
 from optaxclip._attention import qk_clip as qk_clip
+from optaxclip._clippy import clippy as clippy
 from optaxclip._clips import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip_by_block_rms as clip_by_block_rms,
@@ -74,8 +75,8 @@ from optaxclip._values import (
     clip_by_value as clip_by_value,
 )
 from optaxclip._weights import (
+    clip_by_relative_step as clip_by_relative_step,
     clip_by_trust_ratio as clip_by_trust_ratio,
-    clippy as clippy,
 )
 from optaxclip._wrappers import (
     ResetState as ResetState,

@@ -77,7 +77,7 @@ def update(
         if isinstance(entry, optax.GradientTransformation) and places:
             sizes = _some(measured.sizes(), places, measured.scopes)
             scopes = [measured.scopes[i] for i in places]
-            part = None if params is None else _restricted(params, leaves, scopes)
+            part = _restricted(params, leaves, scopes)
             limits, new = _apply_rule(entry, sizes, old, part, extra_args)
         else:
             new = old
@@ -191,6 +191,10 @@ def _kept(new: Any, old: Any, tells: jax.Array) -> jax.Array:
 
 def _restricted(params: Any, leaves: Leaves, scopes: list[Scope]) -> Any:
     """Returns the params of some scopes, with None in the places of all others."""
+    if not leaves.counted:
+        return ()  # an empty tree may be None, too, and is not missing
+    if params is None:
+        return None
     every = params_like(params, leaves)
     members = {i for scope in scopes for i in scope}
     if EVERYTHING in scopes:

@@ -533,6 +533,13 @@ TABLE: dict[str, Row] = {
             lambda _, norm, params: 0.25 * max(vector_norm(params), 1e-3),
         ),
     ),
+    "relative_step": Row(
+        lambda t=1.0: oc.clip_by_relative_step(0.25 * t),
+        by_label(
+            every_leaf_together,
+            lambda _, norm, params: 0.25 * max(vector_norm(params), 1.0),
+        ),
+    ),
     "trust_ratio": Row(
         lambda t=1.0: oc.clip_by_trust_ratio(1.0, 1.0 * t),
         by_label(each_leaf, params_norm_or_none),
@@ -669,6 +676,7 @@ named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
         oc.adaptive_grad_clip,
         {"clipping": 0.25, "exclude": ("head",)},
     ),
+    "clip_by_relative_step": (oc.clip_by_relative_step, {"relative": 0.25}),
     "clip_by_trust_ratio": (oc.clip_by_trust_ratio, {"trust_coefficient": 0.25}),
     "clippy": (oc.clippy, {}),
     "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),

@@ -125,6 +125,7 @@ NEEDS_STATE = {
     "k_sigma_clip",
     "aggc",
     "stable_spam_clip",
+    "relative_step",
     "spectral_norm",
     *helpers.REMEMBERING,
 }

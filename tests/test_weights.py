@@ -40,6 +40,22 @@ def np_clippy(update, param, *, relative=0.5, absolute=1e-2):
     return update * factor
 
 
+def np_relative_step(updates, params, *, relative=0.03, eps=1.0, power=0.5):
+    """Arrays of steps; all of a step's elements have one norm."""
+    out, t = [], 1
+    for u, w in zip(updates.astype(float), params.astype(float), strict=True):
+        size = np.sqrt(np.sum(u**2))
+        if not np.isfinite(size):
+            out.append(u * np.nan)
+        elif size == 0:
+            out.append(u)
+        else:
+            allowed = relative * max(np.sqrt(np.sum(w**2)), eps) / t**power
+            out.append(u * min(1.0, allowed / size))
+            t += 1
+    return np.stack(out)
+
+
 def np_qk_clip(query, key, max_logits, *, threshold=100.0, alpha=0.5):
     """Kernels (features, heads, head_dim), with fewer heads in the key."""
     query, key = np.array(query, np.float64), np.array(key, np.float64)
@@ -175,6 +191,99 @@ def test_no_state_is_fine(name):
     clipped, state = clip.update(updates, optax.EmptyState(), params)
     helpers.assert_close(clipped, step(clip, updates, params)[0])
     assert state == optax.EmptyState()
+
+
+# --------------------------------------------------------------------------------------
+# Relative steps
+# --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def relative_steps():
+    """5000 random steps of random params: both, and what is left of the steps."""
+    rng = np.random.default_rng(1)
+    sizes = 10.0 ** rng.uniform([[-4], [-2]], [[2], [4]], (2, 5000))[..., None]
+    updates, params = sizes * rng.normal(size=(2, 5000, 6))
+    kind = rng.integers(10, size=5000)
+    updates[kind == 0] = 0
+    updates[kind == 1] *= 1e30
+    updates[kind == 2, 0] = np.nan
+    updates[kind == 3, 5] = np.inf
+    params[kind == 4] = 0
+    updates, params = np.float32(updates), np.float32(params)
+    clip = oc.clip_by_relative_step()
+
+    def body(state, some):
+        (u, w), parts = some, lambda x: {"a": x[:4].reshape(2, 2), "b": x[4:]}
+        out, state = clip.update(parts(u), state, parts(w))
+        return state, (jnp.append(out["a"].ravel(), out["b"]), state.factors)
+
+    fresh = clip.init({"a": jnp.zeros((2, 2)), "b": jnp.zeros(2)})
+    clipped, _ = jax.jit(lambda *x: jax.lax.scan(body, fresh, x)[1])(updates, params)
+    return updates, params, clipped
+
+
+def is_relative_step(**options):
+    updates, params, clipped = relative_steps()
+    with np.errstate(all="ignore"):
+        expected = np_relative_step(updates, params, **options)
+    return helpers.is_close(clipped, expected, rtol=1e-5)
+
+
+def test_five_thousand_relative_steps_are_the_equation():
+    assert is_relative_step()
+
+
+@pytest.mark.parametrize(
+    "options", [{"relative": 0.03001}, {"eps": 1.001}, {"power": 0.4999}]
+)
+def test_another_constant_is_another_relative_step(options):
+    assert not is_relative_step(**options)
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1.0, 1e3])
+def test_after_the_learning_rate_it_bounds_what_is_applied(learning_rate):
+    params = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    optimizer = optax.chain(optax.adam(learning_rate), oc.clip_by_relative_step())
+
+    def body(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(params, state, params)  # half their square
+        share = oc.global_norm(updates) / oc.global_norm(params)
+        return (optax.apply_updates(params, updates), state), share
+
+    _, steps = jax.lax.scan(body, (params, optimizer.init(params)), length=50)
+    bounds = 0.03 / np.sqrt(np.arange(50) + 1)
+    assert (np.asarray(steps) <= bounds * (1 + 1e-6)).all()
+    at_bound = np.isclose(steps, bounds, rtol=1e-5, atol=0)
+    assert at_bound.all() if learning_rate >= 1 else not at_bound.any()
+
+
+def test_a_model_whose_weights_are_all_zero_moves():
+    updates, params = {"w": jnp.array([0.0, 5.0])}, {"w": jnp.zeros(2)}
+    clipped, _ = step(oc.clip_by_relative_step(), updates, params)
+    np.testing.assert_allclose(clipped["w"], [0.0, 0.03], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
+def test_steps_of_zeros_and_nans_are_not_counted(bad):
+    clip, params = oc.clip_by_relative_step(), jnp.array([10.0])
+    state = clip.init(params)
+    for size in 5.0, bad, bad, 5.0:
+        updates, state = clip.update(jnp.array([size]), state, params)
+    np.testing.assert_allclose(updates, 0.3 / np.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["relative", "eps"])
+def test_a_negative_relative_step_raises(what):
+    with pytest.raises(ValueError, match=rf"Expected {what} >= 0, got -1"):
+        oc.clip_by_relative_step(**{what: -1.0})
+
+
+def test_a_relative_step_needs_params():
+    clip, updates = oc.clip_by_relative_step(), jnp.ones(2)
+    with pytest.raises(ValueError, match=r"Expected params, .*clip\.update\(updates, "):
+        clip.update(updates, clip.init(updates))
 
 
 # --------------------------------------------------------------------------------------

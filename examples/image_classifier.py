@@ -88,8 +88,20 @@ NO_CLIPS = (
     "zero_nonfinite",
 )
 
+# What clips not gradients, but what is added to the parameters.
+STEP_CLIPS = ("clip_by_relative_step", "clippy")
+
 Clip = optax.GradientTransformationExtraArgs
-NO_CLIP: Clip = optax.with_extra_args_support(optax.identity())
+
+
+class Named(NamedTuple):
+    """A clip that was asked for by its name."""
+
+    clip: Clip
+    of_steps: bool
+
+
+NO_CLIP = Named(optax.with_extra_args_support(optax.identity()), of_steps=False)
 
 
 class Setting(NamedTuple):
@@ -248,7 +260,7 @@ def settings_to_compare(learning_rate: float) -> dict[str, Setting]:
     }
 
 
-def make_clip(setting: Setting, named: Clip) -> Clip:
+def make_clip(setting: Setting, named: Named) -> Clip:
     """Puts all clips one after the other.
 
     Your own optimizer needs one: `optax.chain(optaxclip.clip_by_value(0.01),
@@ -260,7 +272,7 @@ def make_clip(setting: Setting, named: Clip) -> Clip:
         optaxclip.clip_by_global_norm(setting.max_norm),
         # The last layer is left out, as in the paper.
         optaxclip.adaptive_grad_clip(setting.max_ratio, exclude=("head",)),
-        named,
+        named.clip,
     )
 
 
@@ -313,7 +325,7 @@ def init_params(network: Network, pixels: int, seed):
 
 @partial(jax.jit, static_argnums=1)
 @partial(jax.vmap, in_axes=(None, None, 0))
-def init_run(setting: Setting, named: Clip, params):
+def init_run(setting: Setting, named: Named, params):
     """Starts the clips and the optimizer of a run."""
     clip_state = make_clip(setting, named).init(params)
     return params, clip_state, sgd(setting.learning_rate).init(params)
@@ -322,10 +334,12 @@ def init_run(setting: Setting, named: Clip, params):
 @partial(jax.jit, static_argnums=(0, 2), donate_argnums=3)
 @partial(jax.vmap, in_axes=(None, None, None, 0, 0, None))  # over the seeds
 def train_epoch(
-    network: Network, setting: Setting, named: Clip, run, batches, data: Data
+    network: Network, setting: Setting, named: Named, run, batches, data: Data
 ):
     """Makes one step per batch of row numbers, then measures loss and accuracy."""
     clip = make_clip(setting, named)
+    # Momentum is a sum of steps, which are gradients times this.
+    scale = setting.learning_rate if named.of_steps else 1.0
 
     def loss_of_rows(params, x, y):
         scores = network.apply({"params": params}, x)
@@ -337,12 +351,13 @@ def train_epoch(
             params, data.x[rows], data.y[rows]
         )
         # One after the other, and no chain, to see in between what was clipped.
-        clipped, clip_state = clip.update(grads, clip_state, params, value=loss)
-        updates, sgd_state = sgd(setting.learning_rate).update(
+        scaled = optax.tree.scale(scale, grads)
+        clipped, clip_state = clip.update(scaled, clip_state, params, value=loss)
+        updates, sgd_state = sgd(setting.learning_rate / scale).update(
             clipped, sgd_state, params
         )
         run = optax.apply_updates(params, updates), clip_state, sgd_state
-        return run, differ(grads, clipped)
+        return run, differ(scaled, clipped)
 
     run, changed = jax.lax.scan(step, run, batches)
     loss = loss_of_rows(run[0], data.x, data.y)
@@ -370,7 +385,7 @@ def shuffled_batches(generators, rows: int) -> np.ndarray:
 def train(
     network: Network,
     setting: Setting,
-    named: Clip,
+    named: Named,
     seeds: int,
     epochs: int,
     data: Data,
@@ -504,7 +519,7 @@ def fashion(text: str) -> Data:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def named_clip(text: str) -> tuple[str, Clip]:
+def named_clip(text: str) -> tuple[str, Named]:
     """Reads an option that names a clip, and maybe its first argument."""
     name, equals, value = text.partition("=")
     clips = named_clips()
@@ -525,7 +540,7 @@ def named_clip(text: str) -> tuple[str, Clip]:
             f"expected a number after {name}=, got {value!r}"
         ) from error
     try:
-        return text, build(*number)
+        return text, Named(build(*number), name in STEP_CLIPS)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{name}: {error}") from error
 
@@ -588,7 +603,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     total = (len(settings) + len(options.clip) + len(rates)) * options.epochs
     with tqdm(total=total, desc="training", unit="epoch") as bar:
 
-        def run(setting: Setting, named: Clip = NO_CLIP) -> History:
+        def run(setting: Setting, named: Named = NO_CLIP) -> History:
             network, size = (
                 Network(LAYERS, options.units),
                 (options.seeds, options.epochs),

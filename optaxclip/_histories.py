@@ -210,7 +210,8 @@ def streaming_quantile(
     Args:
       quantile: share of the steps that shall not be clipped, from 0 to 1.
       learning_rate: of the logarithm of the estimate, per step.
-      initial: estimate to start from, above 0.
+      initial: estimate to start from, above 0. The defaults correct it by 10 % a step:
+        one that is wrong by a factor of 1000 is right after 70 steps.
 
     Raises:
       TypeError: an argument is not a number.

@@ -80,11 +80,13 @@ def clip_by_relative_step(
     .. math:: u_t \leftarrow u_t \cdot \min(1, c_t / \|u_t\|), \qquad
       c_t = \frac{\text{relative}}{\sqrt t} \max(\|\theta\|, \text{eps})
 
-    The nearest to a clip without a threshold to tune. It bounds what is added to the
-    parameters, so it comes after the learning rate, and does not care if that is too
-    large: ``optax.chain(optax.adam(1e-3), clip)``. Momentum is a sum of steps; bound
-    those, ``optax.chain(optax.scale(-0.1), clip, optax.trace(0.9))``. For gradients
-    with outliers put :func:`autoclip` first.
+    The nearest to a clip of SGD without a threshold to tune. It bounds what a gradient
+    adds to the parameters, so it comes after the learning rate and does not care if
+    that is too large, and before momentum, which is a sum of such steps:
+    ``optax.chain(optax.scale(-0.1), clip, optax.trace(0.9))``.
+
+    Not for Adam, whose steps are as long as its learning rate says. Outliers hurt it,
+    so clip its gradients: by :func:`thresholds.streaming_quantile`.
 
     Deviations: Adafactor's relative step size, from which this comes, is a step to take
     and no bound; it is one of each leaf, and the share is ``min(0.01, 1 / sqrt(t))``.

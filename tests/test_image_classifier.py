@@ -7,6 +7,7 @@ import importlib
 import io
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,13 +124,44 @@ def test_the_clips_of_a_setting_come_before_the_named_one(classifier):
     @jax.jit
     @jax.vmap
     def clipped(setting):
-        clip = classifier.make_clip(setting, optaxclip.clip_by_leaf_norm(1.5))
+        named = classifier.Named(optaxclip.clip_by_leaf_norm(1.5), of_steps=False)
+        clip = classifier.make_clip(setting, named)
         updates, state = clip.update(grads, clip.init(grads), grads)
         return optaxclip.global_norm(updates), state[-1].norms[0]
 
     norms, measured_by_the_named_one = clipped(settings)
     np.testing.assert_allclose(norms, [1.5, 2**0.5, 1.5], rtol=1e-6)
     np.testing.assert_allclose(measured_by_the_named_one, [5, 2**0.5, 2], rtol=1e-6)
+
+
+def test_a_clip_of_steps_comes_after_the_learning_rate(classifier):
+    _, named = classifier.named_clip("clip_by_relative_step=0.05")
+    setting = classifier.Setting(learning_rate=0.5)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(6, 4)).astype(np.float32)
+    data = classifier.Data(x, np.arange(6), x, np.arange(6))
+    network = classifier.Network(layers=1, units=3)
+    params = network.init(jax.random.key(0), x)["params"]
+    batches = np.array([[0, 1, 2], [3, 4, 5], [0, 2, 4]])
+
+    run = classifier.init_run(setting, named, jax.tree.map(lambda w: w[None], params))
+    run, (*_, changed) = classifier.train_epoch(
+        network, setting, named, run, batches[None], data
+    )
+    assert changed == 1.0
+
+    steps = optax.scale(-0.5), optaxclip.clip_by_relative_step(0.05), optax.trace(0.9)
+    optimizer = optax.chain(*steps)
+    state = optimizer.init(params)
+    for rows in batches:
+
+        def loss(params, rows=rows):
+            scores = network.apply({"params": params}, x[rows])
+            return optax.softmax_cross_entropy_with_integer_labels(scores, rows).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(jax.tree.map(lambda w: w[0], run[0]), params, rtol=1e-4)
 
 
 # ---- The names of clips --------------------------------------------------------------
@@ -143,14 +175,15 @@ def test_every_clip_has_a_name_and_nothing_else_has(classifier):
     assert not {"clip_by", "global_norm", "over_axes", "unscale"} & set(clips)
     assert not {name for name in clips if name.startswith(("skip_", "per_example"))}
     for name, build in clips.items():
-        _, clip = classifier.named_clip(f"{name}=0.5" if required(build) else name)
-        assert isinstance(clip, optax.GradientTransformationExtraArgs)
+        _, named = classifier.named_clip(f"{name}=0.5" if required(build) else name)
+        assert isinstance(named.clip, optax.GradientTransformationExtraArgs)
+    assert set(classifier.STEP_CLIPS) < set(clips)
 
 
 def test_the_number_is_the_first_argument(classifier):
     for text in ("clip_by_value=2", "clip_by_value=2.0"):
-        name, clip = classifier.named_clip(text)
-        updates, _ = clip.update(np.array([3.0, -1.0], np.float32), None)
+        name, named = classifier.named_clip(text)
+        updates, _ = named.clip.update(np.array([3.0, -1.0], np.float32), None)
         assert name == text
         np.testing.assert_array_equal(updates, [2.0, -1.0])
 

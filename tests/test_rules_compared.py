@@ -118,7 +118,7 @@ def test_watching_a_rule_changes_nothing_and_sees_both_norms(compared):
 @pytest.mark.parametrize("is_adam", [False, True])
 def test_the_traced_choice_is_one_of_the_two_optimizers(compared, is_adam):
     own = optax.scale_by_adam() if is_adam else optax.trace(compared.MOMENTUM)
-    either = compared.adam_or_momentum(jnp.array(is_adam))
+    either = optax.chain(*compared.adam_or_momentum(jnp.array(is_adam)))
     params = jnp.zeros(2)
     states = own.init(params), either.init(params)
     for grads in jnp.array([[1.0, -2.0], [0.5, 3.0]]):

@@ -2,10 +2,10 @@
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
 from optaxclip._acclip import AcclipState as AcclipState, acclip as acclip
+from optaxclip._adapt import adapt_max_norm as adapt_max_norm
 from optaxclip._attention import qk_clip as qk_clip
 from optaxclip._clippy import clippy as clippy
 from optaxclip._clips import (
-    adaptive_grad_clip as adaptive_grad_clip,
     clip_by_block_rms as clip_by_block_rms,
     clip_by_global_norm as clip_by_global_norm,
     clip_by_group_norm as clip_by_group_norm,
@@ -13,12 +13,14 @@ from optaxclip._clips import (
     clip_with_norm as clip_with_norm,
     normalize_by_update_norm as normalize_by_update_norm,
 )
-from optaxclip._cotangents import (
+from optaxclip._cotangent_stats import (
     CotangentStats as CotangentStats,
+    cotangent_stats as cotangent_stats,
+)
+from optaxclip._cotangents import (
     clip_cotangent as clip_cotangent,
     clip_cotangent_norm as clip_cotangent_norm,
     clip_preactivation as clip_preactivation,
-    cotangent_stats as cotangent_stats,
 )
 from optaxclip._engine import clip_by as clip_by
 from optaxclip._example_clips import (
@@ -26,7 +28,6 @@ from optaxclip._example_clips import (
     per_example_layer_norm_clip as per_example_layer_norm_clip,
 )
 from optaxclip._guards import (
-    GuardState as GuardState,
     skip_if_nonfinite as skip_if_nonfinite,
     skip_if_spike as skip_if_spike,
 )
@@ -36,10 +37,10 @@ from optaxclip._inputs import (
     zero_nonfinite as zero_nonfinite,
 )
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
+from optaxclip._leaf_rules import adagc as adagc, aggc as aggc
 from optaxclip._matrices import clip_singular_values as clip_singular_values
 from optaxclip._per_example import (
     PerExample as PerExample,
-    adapt_max_norm as adapt_max_norm,
     per_example_clipped_grad as per_example_clipped_grad,
 )
 from optaxclip._robust import (
@@ -47,12 +48,11 @@ from optaxclip._robust import (
     centered_clip as centered_clip,
 )
 from optaxclip._rules import (
-    adagc as adagc,
-    aggc as aggc,
     autoclip as autoclip,
     k_sigma_clip as k_sigma_clip,
     zclip as zclip,
 )
+from optaxclip._skips import GuardState as GuardState
 from optaxclip._spam import SpamState as SpamState, spam_clip as spam_clip
 from optaxclip._spectral_norm import (
     SpectralNormState as SpectralNormState,
@@ -75,6 +75,7 @@ from optaxclip._values import (
     clip_by_value as clip_by_value,
 )
 from optaxclip._weights import (
+    adaptive_grad_clip as adaptive_grad_clip,
     clip_by_relative_step as clip_by_relative_step,
     clip_by_trust_ratio as clip_by_trust_ratio,
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _memories, _moments, _reduce, _splits
+from optaxclip import _checks, _leaves, _memories, _moments, _reduce, _sums
 
 
 class AcclipState(NamedTuple):
@@ -87,7 +87,7 @@ def acclip(
         del extra_args
         _checks.needed_state(state, AcclipState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         weights = [jnp.asarray(1 - b, leaves.dtype) for b in (b1, b2)]
         floor = jnp.asarray(eps, leaves.dtype)
         olds = [_memories.recalled(x, leaves) for x in state]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _multiply, _scopes
+from optaxclip import _checks, _leaves, _multiply, _units
 
 
 def qk_clip(
@@ -113,6 +113,6 @@ def _scaled_heads(
 
 def _multiplied(leaves: _leaves.Leaves, scales: list[jax.Array]) -> Any:
     scopes = tuple((i,) for i in range(len(scales)))
-    packed = _scopes.joined(scales, scopes)
+    packed = _units.joined(scales, scopes)
     ones = jax.tree.map(jnp.ones_like, packed)
     return _multiply.multiplied(leaves, scopes, packed, ones)

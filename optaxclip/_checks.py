@@ -66,6 +66,15 @@ def steps(value: Any, what: str, minimum: int, remedy: str = "") -> None:
         raise ValueError(f"Expected {what} to be {kinds}, got {value}.{remedy}")
 
 
+def window(value: Any) -> None:
+    """Raises unless ``value`` is a number of norms that a rule can remember."""
+    if not isinstance(value, int) or value < 2:
+        raise ValueError(
+            f"Expected window >= 2, an int, got {value!r}. It is the shape of the"
+            " state: under `optax.inject_hyperparams` name it in `static_args`."
+        )
+
+
 def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
     """Raises unless ``value`` is a number, a schedule, a rule or maps to those."""
     if isinstance(value, Mapping):

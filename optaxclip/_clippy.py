@@ -16,6 +16,7 @@ from optaxclip import (
     _limits,
     _scopes,
     _splits,
+    _sums,
     factors,
     norms,
 )
@@ -81,7 +82,7 @@ def clippy(
                 "Expected params, with which `clippy` compares the updates, got None."
                 " Call `clip.update(updates, state, params)`."
             )
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         allowed = [
             _allowed(_leaves.widen(x, leaves.dtype), relative, absolute)
             for x in _limits.params_like(params, leaves)

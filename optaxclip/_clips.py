@@ -1,7 +1,5 @@
 """The clips people ask for by name, most of them one line on the engine."""
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _scopes, factors, norms, thresholds
+from optaxclip import _checks, _leaves, _scopes, factors, norms
 from optaxclip._engine import Threshold, clip_by
 from optaxclip._multiply import multiplied, scope_factors
 
@@ -160,65 +158,6 @@ def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtra
     """
     _checks.threshold(threshold, "threshold")
     return clip_by(norms.leaf_rms, threshold)
-
-
-def adaptive_grad_clip(
-    clipping: ArrayLike,
-    eps: ArrayLike = 1e-3,
-    axis: norms.Axes = None,
-    exclude: Sequence[str] = (),
-) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales every unit to at most ``clipping`` times the norm of its parameters.
-
-    With :math:`u_i` and :math:`\theta_i` the update and the parameters of an output
-    neuron,
-
-    .. math:: u_i \leftarrow u_i \cdot
-      \min(1, \text{clipping} \cdot \max(\|\theta_i\|, \text{eps}) / \|u_i\|).
-
-    A drop-in for ``optax.adaptive_grad_clip``, without its floor of 1e-6 under the norm
-    of the update, which makes smaller updates too small. The paper leaves the last
-    linear layer unclipped: ``exclude=("head",)``.
-
-    Guarantees: those of :func:`clip_by_global_norm`, for each unit by itself. Dtypes of
-    the updates are kept, whatever those of the params.
-
-    Args:
-      clipping: largest ratio of update norm to parameter norm.
-      eps: floor of the parameter norm, so that units at zero can grow.
-      axis: the axes within a unit, static, or a mapping from path patterns to axes;
-        None goes by rank, see :func:`optaxclip.norms.unit_norms`. Kernels of layers
-        that are stacked for a scan, ``(layers, in, out)``, need 1: by rank a unit would
-        go over the layers.
-      exclude: path patterns of the leaves that are never clipped.
-
-    Returns:
-      A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,
-      one entry per leaf, of the unit that was clipped hardest. ``update`` needs
-      ``params``.
-
-    Raises:
-      TypeError, ValueError: see :func:`clip_by`; no params; a rank above 5 without
-        axes.
-
-    Examples:
-      >>> clip = optaxclip.adaptive_grad_clip(0.1)
-      >>> params = {"w": jnp.array([[3.0, 0.0], [4.0, 1.0]])}  # two inputs, two outputs
-      >>> grads = {"w": jnp.array([[0.0, 0.0], [2.0, 0.05]])}
-      >>> updates, _ = clip.update(grads, clip.init(params), params)
-      >>> print(updates["w"])
-      [[0.   0.  ]
-       [0.5  0.05]]
-
-    References:
-      Brock et al., `High-Performance Large-Scale Image Recognition Without
-      Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
-    """
-    _checks.number(clipping, "clipping")
-    norm = functools.partial(norms.unit_norms, axis=axis)
-    rule = thresholds.relative_to_params(clipping, norm, eps)
-    never = dict.fromkeys([exclude] if isinstance(exclude, str) else exclude, jnp.inf)
-    return clip_by(norm, {"**": rule, **never} if never else rule)
 
 
 def normalize_by_update_norm(

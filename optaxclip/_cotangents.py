@@ -2,74 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _engine, _leaves, _mesh, _values, norms
-
-_BINS = 256
-
-
-class CotangentStats(NamedTuple):
-    """What a clip in the backward pass saw, summed over its calls; all float32.
-
-    A call is one step of a scan, one example of a ``vmap``, one device of a
-    ``shard_map``. Cotangents are only ever added, so everything here is a sum, and a
-    histogram shows how large the largest norm was. Read it with
-    :func:`optaxclip.summary`.
-
-    Attributes:
-      calls: their number.
-      norms: sum of the L2 norms before the clip, of the calls where it is finite.
-      nonfinite: calls whose norm is NaN or infinite.
-      elements: elements that came back, zeros too.
-      clipped: elements that the clip changed.
-      histogram: shape ``(256,)``; entry i counts the finite norms in
-        ``[2**(i-128), 2**(i-127))``, entry 0 those of 0 as well.
-    """
-
-    calls: jax.Array
-    norms: jax.Array
-    nonfinite: jax.Array
-    elements: jax.Array
-    clipped: jax.Array
-    histogram: jax.Array
-
-
-def cotangent_stats() -> CotangentStats:
-    """Returns a dummy parameter whose "gradient" is what a clip saw.
-
-    What happens in a backward pass cannot be returned from it, but a gradient can. So
-    give this to a clip as ``stats``, and differentiate with respect to it as well. Give
-    it anew at every step: what comes back is the count of that step alone.
-
-    Returns:
-      :class:`CotangentStats` of zeros.
-
-    Examples:
-      >>> def loss(x, stats):
-      ...     return jnp.sum(optaxclip.clip_cotangent(x, 1.0, stats=stats) ** 2)
-      >>> stats = optaxclip.cotangent_stats()
-      >>> x = jnp.array([1.5, 2.0, 0.1])
-      >>> grads, stats = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, stats)
-      >>> for name, value in optaxclip.summary(stats).items():
-      ...     print(f"{name:28} {value:.2f}")
-      cotangent/norm               5.00
-      cotangent/largest_norm       8.00
-      cotangent/clipped_fraction   0.67
-      cotangent/nonfinite_fraction 0.00
-      cotangent/calls              1.00
-    """
-    zero = jnp.zeros((), jnp.float32)
-    return CotangentStats(zero, zero, zero, zero, zero, jnp.zeros(_BINS, jnp.float32))
+from optaxclip import _checks, _engine, _values, norms
+from optaxclip._cotangent_stats import CotangentStats, seen_by, spread
 
 
 def clip_cotangent(
-    x: Any, limit: _values.Range, *, stats: CotangentStats | None = None
+    x: Any,
+    limit: _values.Range,
+    *,
+    stats: CotangentStats | None = None,
 ) -> Any:
     r"""Returns ``x``; clips every element of its cotangent on the way back.
 
@@ -111,7 +59,7 @@ def clip_cotangent(
     _values.check_range(limit, "limit")
     ends = tuple(limit) if isinstance(limit, tuple | list) else limit
     ends = jax.tree.map(_as_float, ends)
-    return _tapped(x, ends, _spread(stats, x), _values.clip_by_value)
+    return _tapped(x, ends, spread(stats, x), _values.clip_by_value)
 
 
 def clip_cotangent_norm(
@@ -157,7 +105,7 @@ def clip_cotangent_norm(
         norm = functools.partial(norms.unit_norms, axis=axis)
     jax.eval_shape(norm, x)  # a bad axis raises here, not first on the way back
     clip = functools.partial(_engine.clip_by, norm)
-    return _tapped(x, _as_float(max_norm), _spread(stats, x), clip)
+    return _tapped(x, _as_float(max_norm), spread(stats, x), clip)
 
 
 def clip_preactivation(
@@ -227,52 +175,11 @@ def _tapped_fwd(x: Any, threshold: Any, stats: Any, clip: Any) -> tuple[Any, Any
 def _tapped_bwd(clip: Any, residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
     threshold, stats = residuals
     clipped, _ = clip(threshold).update(cotangent, optax.EmptyState())
-    seen = None if stats is None else _seen(cotangent, clipped, stats)
+    seen = None if stats is None else seen_by(cotangent, clipped, stats)
     return clipped, jax.tree.map(jnp.zeros_like, threshold), seen
 
 
 _tapped.defvjp(_tapped_fwd, _tapped_bwd)
-
-
-def _seen(before: Any, after: Any, like: CotangentStats) -> CotangentStats:
-    """Returns the statistics of one call, of the types of ``like``."""
-    leaves = _leaves.flatten(before)
-    new = jax.tree.leaves(after)
-    pairs = [(leaves.leaves[i], new[i]) for i in leaves.counted]
-    changed = [(a != b) & (b == b) for b, a in pairs]  # a NaN stays what it is
-    norm = norms.global_norm(before)
-    finite = jnp.isfinite(norm)
-    size = jnp.where(finite, norm, 0)
-    exponent = jnp.frexp(size)[1]  # of a mantissa from 1/2 up to 1
-    place = jnp.where(size > 0, jnp.clip(exponent + _BINS // 2 - 1, 0, _BINS - 1), 0)
-    # Of this cotangent, for `vmap` adds up only what depends on what it maps over.
-    one = jnp.asarray(finite | ~finite, like.calls.dtype)
-    stats = CotangentStats(
-        calls=one,
-        norms=size,
-        nonfinite=~finite,
-        elements=one * sum(x.size for x in changed),
-        clipped=sum((jnp.sum(x) for x in changed), jnp.zeros(())),
-        histogram=(jnp.arange(_BINS) == place) & finite,
-    )
-    return jax.lax.stop_gradient(
-        jax.tree.map(
-            lambda x, y: _mesh.vary_like(jnp.asarray(x, y.dtype), y), stats, like
-        )
-    )
-
-
-def _spread(stats: Any, x: Any) -> Any:
-    """Makes each device's statistics its own, so that their sum is the gradient."""
-    if stats is None:
-        return None
-    if not isinstance(stats, CotangentStats):
-        raise TypeError(
-            "Expected stats made by `optaxclip.cotangent_stats()`, got"
-            f" {type(stats).__name__}."
-        )
-    leaves = jax.tree.leaves(x)
-    return jax.tree.map(lambda s: _mesh.vary_like(s, *leaves), stats)
 
 
 def _as_float(limit: ArrayLike) -> jax.Array:

@@ -17,8 +17,9 @@ from optaxclip import (
     _limits,
     _multiply,
     _scopes,
-    _splits,
     _state,
+    _sums,
+    _units,
     factors,
     norms,
 )
@@ -98,7 +99,7 @@ def clip_by(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         measured = _scopes.measure(formula, leaves)
         rule = Rule(threshold, factor)
         return clipped(rule, leaves, measured, state, params, extra_args)
@@ -116,9 +117,9 @@ class Rule(NamedTuple):
 class Decision(NamedTuple):
     """What is allowed, the factors in their two parts, and the new state."""
 
-    max_norms: _scopes.Packed
-    scales: _scopes.Packed
-    rests: _scopes.Packed
+    max_norms: _units.Packed
+    scales: _units.Packed
+    rests: _units.Packed
     state: Any
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, norms
+from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, _units, norms
 from optaxclip._multiply import Factor, scope_factors
 
 MaxNorm = ArrayLike | Mapping[str, ArrayLike]
@@ -48,7 +48,7 @@ def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
     limits = rule.limits(measured, leaves)
     scales, rests = scope_factors(rule.factor, measured, limits)
     columns = [
-        _scopes.of_leaf(packed, measured.scopes, len(leaves.counted))
+        _units.of_leaf(packed, measured.scopes, len(leaves.counted))
         for packed in (scales, rests)
     ]
     rows = zip(leaves.measured(), *columns, strict=True)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _paths, _reduce, _scopes, _splits
+from optaxclip import _paths, _reduce, _scopes, _splits, _units
 
 Axis = int | tuple[int, ...]
 Axes = Axis | Mapping[str, Axis] | None
@@ -26,7 +26,7 @@ def global_norm(
     def scaled(scale: float) -> jax.Array:
         return norms(scale)[0]
 
-    return _scopes.Plain(scaled(1.0), (_scopes.EVERYTHING,), scaled)
+    return _scopes.Plain(scaled(1.0), (_units.EVERYTHING,), scaled)
 
 
 def leaf_norms(
@@ -130,11 +130,11 @@ def unit_norms(
     parts = [units[i] for i in rest]
     places = [tuple(rest[i] for i in some) for some in _reduce.alike(parts)]
 
-    def norms(scale: float) -> _scopes.Units:
+    def norms(scale: float) -> _units.Units:
         arrays = _reduce.kept_norms(parts, scale, ord)
         if whole or not parts:
-            return _scopes.Units([*arrays, of_whole(scale)], (*places, whole))
-        return _scopes.Units(arrays, tuple(places))
+            return _units.Units([*arrays, of_whole(scale)], (*places, whole))
+        return _units.Units(arrays, tuple(places))
 
     differ = [splits[i].axes - units[i].axes for i in rest]
     return _scopes.Plain(

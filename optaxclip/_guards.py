@@ -6,7 +6,7 @@ NaN.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,52 +19,15 @@ from optaxclip import (
     _limits,
     _mesh,
     _scopes,
-    _selection,
-    _splits,
+    _units,
     norms,
     thresholds,
 )
 from optaxclip._engine import Threshold
-
-
-class GuardState(NamedTuple):
-    """State of a guard; read it with :func:`optaxclip.summary`.
-
-    Attributes:
-      guarded_state: state of the guarded transformation.
-      step_count: steps seen, int32.
-      skipped_count: steps skipped, int32.
-      consecutive_count: steps in a row, up to now, that the guard objected to, int32.
-      finite_count: those of them that were finite, int32.
-      last_skipped_step: the last step skipped, counted from 0, int32; -1 if none.
-      culprits: which norms the guard objected to then, booleans, one entry per scope as
-        in :class:`ClipState`; none of them where it was the loss.
-      alarm: whether the guard has objected to as many steps in a row as it was told.
-      rule_state: state of the threshold, ``optax.EmptyState()`` if it has none.
-    """
-
-    guarded_state: Any
-    step_count: jax.Array
-    skipped_count: jax.Array
-    consecutive_count: jax.Array
-    finite_count: jax.Array
-    last_skipped_step: jax.Array
-    culprits: jax.Array
-    alarm: jax.Array
-    rule_state: Any
-
+from optaxclip._skips import GuardState, Verdict, guard
 
 # A rule has no state of its own: one serves all guards.
 _SIX_SIGMA = thresholds.mean_plus_std(6.0, window=128, warmup_steps=64)
-
-
-class _Verdict(NamedTuple):
-    """What a guard says of a step."""
-
-    culprits: jax.Array  # of the norms, those objected to
-    is_bad: jax.Array  # whether there are any, or the loss is one
-    is_finite: jax.Array
-    rule_state: Any
 
 
 def skip_if_nonfinite(
@@ -132,18 +95,18 @@ def skip_if_nonfinite(
 
     def judge(
         leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
-    ) -> _Verdict:
+    ) -> Verdict:
         del params
         finite = jnp.isfinite(_scopes.measure(_formulas.leaf_norms, leaves).norms)
         is_finite = jnp.all(finite)
         if extra_args.get("value") is not None:
             is_finite &= _is_finite_everywhere(extra_args["value"])
-        return _Verdict(~finite, ~is_finite, is_finite, state.rule_state)
+        return Verdict(~finite, ~is_finite, is_finite, state.rule_state)
 
     def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
         return _scopes.zeros(_formulas.leaf_norms, leaves).norms, optax.EmptyState()
 
-    return _guard(inner, max_consecutive, init_rule, judge)
+    return guard(inner, max_consecutive, init_rule, judge)
 
 
 def skip_if_spike(
@@ -219,7 +182,7 @@ def skip_if_spike(
 
     def judge(
         leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
-    ) -> _Verdict:
+    ) -> Verdict:
         measured = _whole(measure(leaves, extra_args))
         count, past = state.step_count, state.rule_state
         limits, rule_state = _limits.update(
@@ -228,7 +191,7 @@ def skip_if_spike(
         finite = jnp.isfinite(measured.norms)
         bad = ~(finite & (measured.sizes() <= limits))
         culprits = jnp.zeros_like(bad) if formula is None else bad
-        return _Verdict(culprits, jnp.any(bad), jnp.all(finite), rule_state)
+        return Verdict(culprits, jnp.any(bad), jnp.all(finite), rule_state)
 
     def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
         if formula is None:
@@ -237,85 +200,7 @@ def skip_if_spike(
             zeros = _whole(_scopes.zeros(formula, leaves))
         return zeros.norms, _limits.init(limit, zeros, leaves)
 
-    return _guard(inner, max_consecutive, init_rule, judge)
-
-
-def _guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
-    """Wraps ``inner``, which is undone where the judge objects to a step."""
-    if isinstance(inner, optax.MultiSteps):
-        inner = inner.gradient_transformation()
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            "Expected a guard to wrap a transformation, such as"
-            f" `optax.chain(clip, optax.sgd(0.1))`, got {inner!r}."
-        )
-    if not isinstance(max_consecutive, int) or max_consecutive < 1:
-        raise ValueError(
-            f"Expected max_consecutive >= 1, an int, got {max_consecutive!r}."
-        )
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params: Any) -> GuardState:
-        like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
-        # No two of them the same array, which could not be donated.
-        return GuardState(
-            guarded_state=inner.init(params),
-            step_count=jnp.zeros((), jnp.int32),
-            skipped_count=jnp.zeros((), jnp.int32),
-            consecutive_count=jnp.zeros((), jnp.int32),
-            finite_count=jnp.zeros((), jnp.int32),
-            last_skipped_step=jnp.full((), -1, jnp.int32),
-            culprits=jnp.zeros_like(like, bool),
-            alarm=jnp.zeros((), bool),
-            rule_state=rule_state,
-        )
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, GuardState]:
-        _checks.needed_state(state, GuardState)
-        leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
-        verdict = judge(leaves, state, params, extra_args)
-        row = jnp.where(
-            verdict.is_bad, optax.safe_increment(state.consecutive_count), 0
-        )
-        finite_row = jnp.where(
-            verdict.is_bad, state.finite_count + verdict.is_finite.astype(jnp.int32), 0
-        )
-        is_accepted = verdict.is_finite & (finite_row > max_consecutive)
-        skip = verdict.is_bad & ~is_accepted
-        new_updates, guarded_state = _selection.take(
-            lambda: inner.update(updates, state.guarded_state, params, **extra_args),
-            state.guarded_state,
-            skip,
-        )
-
-        def kept(old: Any, new: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
-
-        return kept(jax.tree.map(_nothing, new_updates), new_updates), GuardState(
-            guarded_state=guarded_state,
-            step_count=jnp.asarray(optax.safe_increment(state.step_count)),
-            skipped_count=kept(
-                optax.safe_increment(state.skipped_count), state.skipped_count
-            ),
-            consecutive_count=row,
-            finite_count=finite_row,
-            last_skipped_step=kept(state.step_count, state.last_skipped_step),
-            culprits=kept(verdict.culprits, state.culprits),
-            alarm=row >= max_consecutive,
-            rule_state=kept(state.rule_state, verdict.rule_state),
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _nothing(update: Any) -> jax.Array:
-    """Returns what added to a parameter leaves its bits as they are: 0.0 does not."""
-    update = jnp.asarray(update)
-    negative = jnp.issubdtype(update.dtype, jnp.inexact)
-    return jnp.full_like(update, -0.0) if negative else jnp.zeros_like(update)
+    return guard(inner, max_consecutive, init_rule, judge)
 
 
 def _by_the_past(threshold: Any) -> Any:
@@ -328,7 +213,7 @@ def _by_the_past(threshold: Any) -> Any:
 
 
 def _whole(measured: _scopes.Measured) -> _scopes.Measured:
-    if isinstance(measured.norms, _scopes.Units):
+    if isinstance(measured.norms, _units.Units):
         raise ValueError(
             "Expected a norm of all leaves, of each leaf or of groups, got one of"
             " units. Use `norms.leaf_norms`."

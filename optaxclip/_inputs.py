@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _formulas, _leaves, _splits
+from optaxclip import _checks, _formulas, _leaves, _splits, _sums
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -57,7 +57,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
         del extra_args
         _checks.needed_state(state, ZeroNonfiniteState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
         finite = [jnp.isfinite(x) for x in counted]
         kept = [jnp.where(ok, x, 0) for ok, x in zip(finite, counted, strict=True)]

@@ -12,14 +12,8 @@ from jax.typing import ArrayLike
 
 from optaxclip import _paths
 from optaxclip._leaves import Leaves
-from optaxclip._scopes import (
-    EVERYTHING,
-    Measured,
-    Packed,
-    Scope,
-    Units,
-    joined,
-)
+from optaxclip._scopes import Measured
+from optaxclip._units import EVERYTHING, Packed, Scope, Units, joined
 
 Threshold = (
     ArrayLike

@@ -11,10 +11,10 @@ from optaxclip import (
     _engine,
     _leaves,
     _reduce,
-    _scopes,
     _spectra,
-    _splits,
     _state,
+    _sums,
+    _units,
     factors,
 )
 
@@ -82,7 +82,7 @@ def clip_singular_values(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         every = _spectra.matrices(leaves)
         spectra, units = [], []
         for x in every:
@@ -94,7 +94,7 @@ def clip_singular_values(
         found = _engine.decided(rule, leaves, measured, state, params, extra_args)
         totals = jax.tree.map(jnp.multiply, found.scales, found.rests)
         columns = [
-            _scopes.of_leaf(packed, measured.scopes, len(every))
+            _units.of_leaf(packed, measured.scopes, len(every))
             for packed in (found.max_norms, totals)
         ]
         rows = zip(leaves.counted, every, spectra, units, *columns, strict=True)

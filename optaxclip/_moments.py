@@ -54,3 +54,8 @@ def root_of_squares(x: jax.Array) -> jax.Array:
     unit = jnp.where(top > 0, top, 1)
     squares = jnp.sum((x / unit[None]) ** 2, axis=0)
     return unit * jnp.where(top > 0, jnp.sqrt(jnp.where(top > 0, squares, 1)), 0)
+
+
+def places(ring: jax.Array) -> jax.Array:
+    """Returns the place of every norm in a window, its first axis."""
+    return jnp.arange(ring.shape[0]).reshape((-1,) + (1,) * (ring.ndim - 1))

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _leaves, _scopes
+from optaxclip import _leaves, _scopes, _units
 
 Factor = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def scope_factors(
-    factor: Factor, measured: _scopes.Measured, max_norms: _scopes.Packed
-) -> tuple[_scopes.Packed, _scopes.Packed]:
+    factor: Factor, measured: _scopes.Measured, max_norms: _units.Packed
+) -> tuple[_units.Packed, _units.Packed]:
     """Returns the factors in two parts each, a power of two and the rest.
 
     Where a factor is too small for its dtype, it is computed for a threshold scaled up,
@@ -72,13 +72,13 @@ def _rest(
 
 def multiplied(
     leaves: _leaves.Leaves,
-    scopes: Sequence[_scopes.Scope],
-    scales: _scopes.Packed,
-    rests: _scopes.Packed,
+    scopes: Sequence[_units.Scope],
+    scales: _units.Packed,
+    rests: _units.Packed,
 ) -> Any:
     """Returns the updates times their factors, untouched where the factor is 1."""
     columns = [
-        _scopes.of_leaf(packed, scopes, len(leaves.counted))
+        _units.of_leaf(packed, scopes, len(leaves.counted))
         for packed in (scales, rests)
     ]
     every = zip(leaves.counted, *columns, strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _memories, _moments, _splits, _values
+from optaxclip import _checks, _leaves, _memories, _moments, _sums, _values
 
 
 class SpamState(NamedTuple):
@@ -100,7 +100,7 @@ def spam_clip(
         del extra_args
         _checks.needed_state(state, SpamState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
 
         count = jnp.asarray(optax.safe_increment(state.update_count))
         since = count if reset_every is None else count % reset_every

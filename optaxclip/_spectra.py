@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optaxclip import _leaves, _scopes, _splits
+from optaxclip import _leaves, _scopes, _splits, _units
 
 
 def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
@@ -80,4 +80,4 @@ def _packed(values: list[jax.Array]) -> Any:
     places: dict[int | None, list[int]] = {}
     for i, x in enumerate(sizes):
         places.setdefault(i if x.ndim else None, []).append(i)
-    return _scopes.joined(sizes, [tuple(some) for some in places.values()])
+    return _units.joined(sizes, [tuple(some) for some in places.values()])

@@ -14,8 +14,8 @@ from optaxclip import (
     _leaves,
     _reduce,
     _spectra,
-    _splits,
     _state,
+    _sums,
     factors,
 )
 
@@ -102,7 +102,7 @@ def clip_by_spectral_norm(
     ) -> tuple[optax.Updates, Any]:
         _checks.needed_state(state, _state.ClipState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         every = [_spectra.scaled(x) for x in _spectra.matrices(leaves)]
         olds = _parts(state.rule_state, leaves)
         pairs = zip(every, olds, strict=True)

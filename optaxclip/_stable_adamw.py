@@ -15,7 +15,7 @@ from optaxclip import (
     _memories,
     _moments,
     _reduce,
-    _splits,
+    _sums,
     norms,
 )
 from optaxclip._engine import clip_by
@@ -129,7 +129,7 @@ def stable_adamw(
         del extra_args
         _checks.needed_state(state, StableAdamWState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         decaying = _decaying(params, mask, leaves)
 
         count, dtype = state.clip_state.update_count, leaves.dtype

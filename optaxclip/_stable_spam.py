@@ -13,7 +13,7 @@ from optaxclip import (
     _leaves,
     _limits,
     _scopes,
-    _splits,
+    _sums,
     factors,
     norms,
     thresholds,
@@ -105,7 +105,7 @@ def _ada_clip(decay: ArrayLike) -> optax.GradientTransformationExtraArgs:
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, AdaClipState]:
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         _checks.needed_state(state, AdaClipState)
         measured = _scopes.measure(formula, leaves)
         count = jnp.zeros((), jnp.int32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _leaves, _limits, _mesh, _scopes
+from optaxclip import _leaves, _limits, _mesh, _scopes, _units
 
 
 class ClipState(NamedTuple):
@@ -44,7 +44,7 @@ def fresh(
 ) -> ClipState:
     """Returns the state before the first step, given norms of zero."""
     zero = zeros.norms
-    if isinstance(zero, _scopes.Units):
+    if isinstance(zero, _units.Units):
         zero = jnp.zeros(len(zeros.scopes), leaves.dtype)
     return ClipState(
         update_count=jnp.zeros((), jnp.int32),
@@ -59,13 +59,13 @@ def fresh(
 def after(
     state: ClipState,
     measured: _scopes.Measured,
-    max_norms: _scopes.Packed,
-    factors: _scopes.Packed,
+    max_norms: _units.Packed,
+    factors: _units.Packed,
     rule_state: Any,
 ) -> ClipState:
     """Returns the state after this step."""
     columns = [measured.sizes(), max_norms, factors]
-    if isinstance(factors, _scopes.Units):
+    if isinstance(factors, _units.Units):
         columns = _of_hardest(*columns)
     columns = [_fitting(x, state.norms) for x in columns]
     if measured.axes:
@@ -85,7 +85,7 @@ def after(
     )
 
 
-def _of_hardest(*columns: _scopes.Units) -> list[jax.Array]:
+def _of_hardest(*columns: _units.Units) -> list[jax.Array]:
     """Returns of each leaf the numbers of the unit whose last, its factor, is least.
 
     A NaN is less than any number.

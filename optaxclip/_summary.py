@@ -11,8 +11,8 @@ from jax.core import Tracer
 from jax.tree_util import DictKey, keystr
 
 from optaxclip import _leaves, _paths
-from optaxclip._cotangents import CotangentStats
-from optaxclip._guards import GuardState
+from optaxclip._cotangent_stats import CotangentStats
+from optaxclip._skips import GuardState
 from optaxclip._state import ClipState
 from optaxclip._values import ClipByValueState
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _paths, _reduce, _splits
+from optaxclip import _checks, _leaves, _paths, _reduce, _sums
 
 Range = ArrayLike | tuple[ArrayLike, ArrayLike]
 Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Range]]
@@ -77,7 +77,7 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, Any]:
         del extra_args
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         entries = _entries(limit, leaves)
         old: Any = None if isinstance(state, optax.EmptyState) else state
         _checks.state(old, ClipByValueState)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _memories, _scopes, _splits
+from optaxclip import _checks, _leaves, _memories, _sums, _units
 from optaxclip._multiply import multiplied
 
 
@@ -90,7 +90,7 @@ def u_clip(
     ) -> tuple[optax.Updates, UClipState]:
         _checks.needed_state(state, UClipState)
         leaves = _leaves.flatten(updates)
-        _splits.check_summed(leaves, params)
+        _sums.check_summed(leaves, params)
         olds = _memories.recalled(state.carry, leaves)
         totals = list(map(jnp.add, leaves.measured(), olds))
         clipped, clip_state = clip.update(
@@ -197,7 +197,7 @@ def reset_momentum(
         phase = jnp.pi * since.astype(leaves.dtype) / (warmup_steps + 1)
         rising = (count >= every) & (since < warmup_steps)
         scale = jnp.where(rising, 1 - 0.495 * (1 + jnp.cos(phase)), 1)
-        scaled = multiplied(leaves, (_scopes.EVERYTHING,), jnp.ones_like(scale), scale)
+        scaled = multiplied(leaves, (_units.EVERYTHING,), jnp.ones_like(scale), scale)
         return scaled, ResetState(count, wrapped_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

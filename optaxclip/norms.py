@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from optaxclip import _formulas, _leaves, _scopes, _splits
+from optaxclip import _formulas, _leaves, _scopes, _splits, _units
 
 Axes = _formulas.Axes
 Labels = _formulas.Labels
@@ -192,10 +192,10 @@ def _exact(norm: _scopes.Norm, updates: Any) -> Any:
     leaves = _leaves.flatten(updates)
     measured = _scopes.measure(formula(norm), leaves)
     norms = measured.sizes()
-    if _scopes.EVERYTHING in measured.scopes:
+    if _units.EVERYTHING in measured.scopes:
         return norms
-    by_leaf = _scopes.of_leaf(norms, measured.scopes, len(leaves.counted))
-    if isinstance(norms, _scopes.Units):
+    by_leaf = _units.of_leaf(norms, measured.scopes, len(leaves.counted))
+    if isinstance(norms, _units.Units):
         pairs = zip(by_leaf, leaves.measured(), strict=True)
         by_leaf = [x if x.ndim else x.reshape((1,) * leaf.ndim) for x, leaf in pairs]
     return leaves.tree(by_leaf)

@@ -22,17 +22,19 @@ from optaxclip._averages import (
     mean_over_rms as mean_over_rms,
     relative_to_mean as relative_to_mean,
     within_band as within_band,
-    z_score as z_score,
 )
-from optaxclip._histories import (
+from optaxclip._deviations import (
     MeanStdState as MeanStdState,
-    QuantileState as QuantileState,
-    RankedState as RankedState,
     WindowState as WindowState,
     mean_plus_std as mean_plus_std,
+)
+from optaxclip._quantiles import (
+    QuantileState as QuantileState,
+    RankedState as RankedState,
     streaming_quantile as streaming_quantile,
     window_percentile as window_percentile,
 )
+from optaxclip._z_score import z_score as z_score
 
 
 class LaggedState(NamedTuple):

@@ -234,11 +234,12 @@ def in_code(cell: str, module: Any) -> str | None:
     return found[1] if found and hasattr(module, found[1]) else None
 
 
+MODULES = [f"optaxclip._{x}" for x in ("clips", "rules", "leaf_rules", "weights")]
 CLIPS = {
     name: row
     for name, row in ROWS.items()
     if in_code(row.norm, norms) and in_code(row.factor, factors)
-    if function(name).__module__ in ("optaxclip._clips", "optaxclip._rules")
+    if function(name).__module__ in MODULES
     if name != "clip_with_norm"
 }
 

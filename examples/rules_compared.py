@@ -252,19 +252,20 @@ def after(rule, moments: Moments, learning_rate) -> optax.GradientTransformation
 
 def last(rule, moments: Moments, learning_rate) -> optax.GradientTransformation:
     """Clips what is added to the parameters."""
-    return optax.chain(*moments, optax.scale(-learning_rate), watched(rule))
+    scale, rule = optax.scale(-learning_rate), watched(rule, learning_rate)
+    return optax.chain(*moments, scale, rule)
 
 
 def each_step(rule, moments: Moments, learning_rate) -> optax.GradientTransformation:
     """Clips what each gradient adds, before momentum makes a sum of such steps."""
-    scale = optax.scale(-learning_rate)
-    return optax.chain(moments.adam, scale, watched(rule), moments.momentum)
+    scale, rule = optax.scale(-learning_rate), watched(rule, learning_rate)
+    return optax.chain(moments.adam, scale, rule, moments.momentum)
 
 
 def instead(make, moments: Moments, learning_rate) -> optax.GradientTransformation:
     """Is the whole optimizer, made from the learning rate."""
     del moments
-    return watched(make(learning_rate))
+    return optax.chain(watched(make(1.0)), optax.scale(learning_rate))
 
 
 def try_norms(norm: float) -> np.ndarray:
@@ -351,8 +352,13 @@ class WatchedState(NamedTuple):
     changed: jax.Array  # whether any element did
 
 
-def watched(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Remembers the norm before and after a rule, in the same way for all rules."""
+def watched(
+    rule: optax.GradientTransformation, unit=1.0
+) -> optax.GradientTransformation:
+    """Remembers the norm before and after a rule, in the same way for all rules.
+
+    The norms of steps are in units of the learning rate, as those of gradients are.
+    """
     rule = optax.with_extra_args_support(rule)
 
     def init_fn(params):
@@ -363,7 +369,7 @@ def watched(rule: optax.GradientTransformation) -> optax.GradientTransformation:
         clipped, rule_state = rule.update(updates, state.rule_state, params)
         differ = jax.tree.map(lambda x, y: jnp.any(x != y), updates, clipped)
         changed = jnp.stack(jax.tree.leaves(differ)).any()
-        sizes = map(optax.tree.norm, (updates, clipped))
+        sizes = (optax.tree.norm(x) / unit for x in (updates, clipped))
         return clipped, WatchedState(rule_state, *sizes, changed)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -798,8 +804,8 @@ def plot_spike(task: str, results: Results, faults: np.ndarray, path: Path) -> N
     rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 100})
     rcParams.update({"font.size": 8, "axes.titlesize": 9})
     found = [results[task, optimizer] for optimizer in OPTIMIZERS]
-    names = list(found[-1])
-    across = min(len(names), 7)
+    names = [name for name in RULES if any(name in part for part in found)]
+    across = min(len(names), 8)
     rows = math.ceil(len(names) / across)
     figure = Figure(figsize=(2.3 * across + 0.8, 3.3 * rows + 1), layout="constrained")
     axes = figure.subplots(2 * rows, across, squeeze=False, sharex=True)
@@ -810,7 +816,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray, path: Path) -> N
     usual = TASKS[task]().norm
     ranges = (
         (lowest / 1.5, 3 * np.median(shown[0].start)),
-        (1e-3 * usual, 1e5 * usual),
+        (1e-4 * usual, 1e5 * usual),
     )
     for ax in axes.flat:
         ax.set_visible(False)
@@ -825,15 +831,16 @@ def plot_spike(task: str, results: Results, faults: np.ndarray, path: Path) -> N
         for ax, limits in zip(pair, ranges, strict=True):
             ax.set(yscale="log", ylim=limits, visible=True)
             ax.tick_params(labelleft=i % across == 0)
+        pair[1].tick_params(labelbottom=i + across >= len(names))  # none below it
         pair[0].set_title(name)
         if i % across == 0:
             pair[0].set_ylabel("test loss")
             pair[1].set_ylabel("norm")
     figure.suptitle(
         f"{task}: a batch multiplied by 1000 at step 0, medians and quartiles of the"
-        " seeds. Below, the norm before the rule (dotted) and after it (full).\n"
-        "Along x, the steps before and after. Where a curve is missing, most runs were"
-        " lost."
+        " seeds. Below, the norm before the rule (dotted) and after it (full);\nthat of"
+        " steps is divided by the learning rate. Along x, the steps before and after."
+        " Where a curve is missing, most runs were lost."
     )
     lines = axes[0, -1 if len(names) >= across else 0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=2, frameon=False)

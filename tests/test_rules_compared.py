@@ -6,11 +6,13 @@ import io
 import math
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import optaxclip
 
@@ -116,6 +118,26 @@ def test_watching_a_rule_changes_nothing_and_sees_both_norms(compared):
 
 
 @pytest.mark.parametrize("is_adam", [False, True])
+def test_steps_are_clipped_behind_adam_and_before_momentum(compared, is_adam):
+    clip, scale = optaxclip.clip_by_global_norm(0.02), optax.scale(-0.1)
+    parts = [scale, clip, optax.trace(compared.MOMENTUM)]
+    if is_adam:
+        parts = [optax.scale_by_adam(), scale, clip]
+    own = optax.chain(*parts)
+    moments = compared.adam_or_momentum(jnp.array(is_adam))
+    placed = compared.each_step(clip, moments, 0.1)
+    params = jnp.zeros(2)
+    states = own.init(params), placed.init(params)
+    for grads in jnp.array([[3.0, -4.0], [0.03, 0.04]]):
+        expected, first = own.update(grads, states[0])
+        updates, second = placed.update(grads, states[1])
+        states = first, second
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    after = optax.tree.get(states[1], "norm_after")  # in units of the learning rate
+    np.testing.assert_allclose(after, 0.2 if is_adam else 0.05, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_adam", [False, True])
 def test_the_traced_choice_is_one_of_the_two_optimizers(compared, is_adam):
     own = optax.scale_by_adam() if is_adam else optax.trace(compared.MOMENTUM)
     either = optax.chain(*compared.adam_or_momentum(jnp.array(is_adam)))
@@ -210,3 +232,18 @@ def test_bad_options_say_what_was_expected(compared, capsys, option, value, mess
         compared.main([option, value])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_figure_shows_rules_of_one_optimizer_too(compared, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    faults = compared.make_faults(120)
+    history = compared.History(*[np.ones((2, 120))] * 4)
+    result = compared.Result(np.ones(2), history, math.nan)
+    results = {
+        ("digits", "momentum"): {"none": result, "acclip": result},
+        ("digits", "Adam"): {"none": result, "stable_adamw": result},
+    }
+    compared.plot_spike("digits", results, faults, tmp_path / "figure.png")
+    titles = [ax.get_title() for ax in figures[0].axes if ax.get_title()]
+    assert titles == ["none", "acclip", "stable_adamw"]

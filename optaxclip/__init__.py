@@ -67,6 +67,7 @@ from optaxclip._stable_spam import (
     AdaClipState as AdaClipState,
     stable_spam_clip as stable_spam_clip,
 )
+from optaxclip._stacks import over_layers as over_layers
 from optaxclip._state import ClipState as ClipState
 from optaxclip._summary import summary as summary
 from optaxclip._values import (

@@ -115,4 +115,4 @@ def _multiplied(leaves: _leaves.Leaves, scales: list[jax.Array]) -> Any:
     scopes = tuple((i,) for i in range(len(scales)))
     packed = _units.joined(scales, scopes)
     ones = jax.tree.map(jnp.ones_like, packed)
-    return _multiply.multiplied(leaves, scopes, packed, ones)
+    return _multiply.multiplied(leaves, scopes, ones, packed)

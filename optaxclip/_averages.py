@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _moments
+from optaxclip import _checks, _infinity, _moments
 
 
 class MeanState(NamedTuple):
@@ -88,16 +88,19 @@ def relative_to_mean(
 
     def init_fn(params: Any) -> MeanState:
         count, mean = _zeros(params, 1)
-        return MeanState(count, mean + jnp.inf)  # larger than any norm
+        return MeanState(count, _infinity.full_like(mean))  # larger than any norm
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del params, extra_args
         dtype, mean = updates.dtype, state.means
         is_warm = state.seen_count >= warmup_steps
         together = _limits_together(updates, jnp.asarray(max_norm, dtype))
-        limits = jnp.where(is_warm, jnp.asarray(ratio, dtype) * mean, together)
+        is_new = _infinity.is_infinite(mean)
+        multiple = jnp.asarray(ratio, dtype) * jnp.where(is_new, 1, mean)
+        multiple = jnp.where(is_new, mean, multiple)
+        limits = jnp.where(is_warm, multiple, together)
         left = jnp.minimum(updates, limits)
-        known = jnp.where(jnp.isinf(mean), left, mean)
+        known = jnp.where(is_new, left, mean)
         # What was left less the mean, in the form whose rounding adds up to nothing.
         most = jnp.asarray(ratio - 1, dtype) * known
         share = jnp.asarray(1 - decay, dtype)
@@ -233,4 +236,6 @@ def _limits_together(norms: jax.Array, max_norm: jax.Array) -> jax.Array:
     flat = jnp.ravel(norms)
     total = _moments.root_of_squares(jnp.where(jnp.isfinite(flat), flat, 0))
     shares = jnp.minimum(norms / jnp.where(total > 0, total, 1), 1)
-    return jnp.where(total > max_norm, max_norm * shares, jnp.inf)
+    is_above = total > max_norm
+    allowed = jnp.where(is_above, max_norm, 1) * shares
+    return jnp.where(is_above, allowed, _infinity.full_like(norms))

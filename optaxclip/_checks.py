@@ -83,6 +83,11 @@ def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
         number(value, what, minimum, kinds=THRESHOLD)
 
 
+def is_endless(value: Any) -> bool:
+    """Returns whether ``value`` is known to allow all: an infinity in Python."""
+    return isinstance(value, STATIC) and float(value) == math.inf
+
+
 def mapping(
     value: Mapping[Any, Any], what: str, check: Callable[[Any, str], None]
 ) -> None:

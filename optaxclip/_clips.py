@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _scopes, factors, norms
+from optaxclip import _checks, _leaves, _own_norms, factors, norms
 from optaxclip._engine import Threshold, clip_by
 from optaxclip._multiply import multiplied, scope_factors
 
@@ -233,7 +233,7 @@ def clip_with_norm(
     """
     _checks.number(max_norm, "max_norm")
     leaves = _leaves.flatten(updates)
-    measured = _scopes.given(norm, leaves)
+    measured = _own_norms.given(norm, leaves)
     limit = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
     limits = jax.tree.map(lambda x: jnp.broadcast_to(limit, x.shape), measured.norms)
     scales, rests = scope_factors(factors.rescale, measured, limits)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _moments
+from optaxclip import _checks, _infinity, _moments
 
 
 class MeanStdState(NamedTuple):
@@ -121,9 +121,9 @@ def _in_window(window: int) -> _Moments:
     def update(norms: jax.Array, state: WindowState) -> tuple[Any, Any, WindowState]:
         state = _remembered(norms, state)
         filled, total = _filled(state)
+        total = total.astype(norms.dtype)
         means = jnp.sum(state.last_norms / total[None], axis=0, where=filled)
         errors = jnp.where(filled, state.last_norms - means[None], 0)
-        total = total.astype(means.dtype)
         return means, _moments.root_of_squares(errors) / jnp.sqrt(total), state
 
     return _Moments(init, update)
@@ -136,8 +136,10 @@ def _rule(
         del params, extra_args
         means, stds, state = moments.update(updates, state)
         times = jnp.asarray(num_std, means.dtype)
-        limits = jnp.where(jnp.isinf(times), times, means + times * stds)
-        return jnp.where(state.seen_count < warmup_steps, jnp.inf, limits), state
+        is_endless = _infinity.is_infinite(times)
+        limits = means + jnp.where(is_endless, 0, times) * stds
+        allows_all = is_endless | (state.seen_count < warmup_steps)
+        return jnp.where(allows_all, _infinity.full_like(limits), limits), state
 
     init_fn: Any = moments.init
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

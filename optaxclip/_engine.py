@@ -44,6 +44,9 @@ def clip_by(
       * Finite updates are measured exactly, whatever their dtype and magnitude.
       * A NaN or an infinity in a scope makes all of that scope NaN, and enters no rule.
         Nor does a norm of zero, which says nothing of the others.
+      * Where the threshold is ``jnp.inf``, the number itself, the updates are measured
+        and handed through, whatever they hold.
+      * On finite updates the state is finite.
       * The derivative is finite wherever the result is.
 
     Args:
@@ -93,7 +96,8 @@ def clip_by(
 
     def init_fn(params: optax.Params) -> ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        return _state.fresh(threshold, _scopes.zeros(formula, leaves), leaves)
+        zeros, names = _scopes.zeros(formula, leaves), _scopes.names(formula, leaves)
+        return _state.fresh(threshold, zeros, leaves, names)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -120,6 +124,7 @@ class Decision(NamedTuple):
     max_norms: _units.Packed
     scales: _units.Packed
     rests: _units.Packed
+    untouched: frozenset[int]  # places of leaves that are handed through
     state: Any
 
 
@@ -133,8 +138,9 @@ def clipped(
 ) -> tuple[optax.Updates, Any]:
     """Returns the updates times their factors, and the new state."""
     found = decided(rule, leaves, measured, state, params, extra_args)
-    updates = _multiply.multiplied(leaves, measured.scopes, found.scales, found.rests)
-    return updates, found.state
+    parts = found.scales, found.rests
+    clipped = _multiply.multiplied(leaves, measured.scopes, *parts, found.untouched)
+    return clipped, found.state
 
 
 def decided(
@@ -158,9 +164,11 @@ def decided(
         threshold, measured, count, past, leaves, params, extra_args
     )
     max_norms = jax.tree.map(lambda x: jnp.maximum(x, 0), max_norms)
-    scales, rests = _multiply.scope_factors(rule.factor, measured, max_norms)
+    untouched = _limits.without(threshold, measured.scopes, leaves)
+    parts = _multiply.scope_factors(rule.factor, measured, max_norms)
+    scales, rests = (_units.ones_at(untouched, x, measured.scopes) for x in parts)
     if old is None:
-        return Decision(max_norms, scales, rests, state)
-    totals = jax.tree.map(jnp.multiply, scales, rests)
-    new = _state.after(old, measured, max_norms, totals, rule_state)
-    return Decision(max_norms, scales, rests, new)
+        return Decision(max_norms, scales, rests, untouched, state)
+    totals = jax.tree.map(_multiply.total, scales, rests)
+    new = _state.after(old, measured, max_norms, totals, rule_state, leaves)
+    return Decision(max_norms, scales, rests, untouched, new)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, _units, norms
-from optaxclip._multiply import Factor, scope_factors
+from optaxclip._multiply import Factor, scope_factors, total
 
 MaxNorm = ArrayLike | Mapping[str, ArrayLike]
 Limits = Callable[[_scopes.Measured, _leaves.Leaves], jax.Array]
@@ -48,14 +48,13 @@ def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
     limits = rule.limits(measured, leaves)
     scales, rests = scope_factors(rule.factor, measured, limits)
     columns = [
-        _units.of_leaf(packed, measured.scopes, len(leaves.counted))
-        for packed in (scales, rests)
+        _units.of_leaf(packed, measured.scopes, leaves) for packed in (scales, rests)
     ]
     rows = zip(leaves.measured(), *columns, strict=True)
     return Example(
-        [x * scale * rest for x, scale, rest in rows],
+        [x * scale * scale * rest for x, scale, rest in rows],
         measured.sizes(),
-        scales * rests,
+        total(scales, rests),
         jnp.any(measured.sizes() > limits),
         jnp.all(jnp.isfinite(measured.norms)),
     )

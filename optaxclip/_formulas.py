@@ -5,12 +5,13 @@ leaf is split over devices.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _paths, _reduce, _scopes, _splits, _units
+from optaxclip import _names, _paths, _reduce, _scopes, _splits, _stacks, _units
 
 Axis = int | tuple[int, ...]
 Axes = Axis | Mapping[str, Axis] | None
@@ -21,10 +22,11 @@ def global_norm(
     updates: Any, splits: _splits.Splits, *, ord: float = 2
 ) -> _scopes.Plain:
     leaves = jax.tree.leaves(updates)
-    norms = _scope_norms(leaves, splits, [0] * len(leaves), 1, checked(ord))
+    alone = [None] * len(leaves)  # layers or not, it is the same sum
+    pieces = _reduce.pieces(leaves, [(0,)] * len(leaves), splits, alone)
 
     def scaled(scale: float) -> jax.Array:
-        return norms(scale)[0]
+        return _reduce.norms(pieces, scale, 1, checked(ord))[0]
 
     return _scopes.Plain(scaled(1.0), (_units.EVERYTHING,), scaled)
 
@@ -32,34 +34,78 @@ def global_norm(
 def leaf_norms(
     updates: Any, splits: _splits.Splits, *, ord: float = 2
 ) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    places = range(len(leaves))
-    norms = _scope_norms(leaves, splits, places, len(leaves), checked(ord))
-    return _scopes.Plain(norms(1.0), tuple((i,) for i in range(len(leaves))), norms)
+    groups = range(len(jax.tree.leaves(updates)))
+    return _norms_of(groups, updates, splits, checked(ord))
 
 
 def leaf_rms(updates: Any, splits: _splits.Splits) -> _scopes.Plain:
-    pairs = zip(jax.tree.leaves(updates), splits, strict=True)
-    sizes = [x.size * _splits.copies(split.axes) for x, split in pairs]
     plain = leaf_norms(updates, splits)
-    roots = jnp.sqrt(jnp.asarray(sizes, plain.norms.dtype))
-    return _scopes.Plain(
-        plain.norms / roots, plain.scopes, lambda scale: plain.scaled(scale) / roots
+    roots = jnp.sqrt(jnp.asarray(sizes(updates, splits), plain.norms.dtype))
+    return plain._replace(
+        norms=plain.norms / roots, scaled=lambda scale: plain.scaled(scale) / roots
     )
+
+
+def sizes(updates: Any, splits: _splits.Splits) -> list[int]:
+    """Returns how many elements each leaf has, or each layer in it."""
+    found = []
+    leaves, stacks = jax.tree.leaves(updates), _stacks.of(updates, splits)
+    for leaf, split, stack in zip(leaves, splits, stacks, strict=True):
+        size = leaf.size * _splits.copies(split.axes)
+        found += [size // stack.layers] * stack.layers if stack else [size]
+    return found
 
 
 def group_norms(
     updates: Any, splits: _splits.Splits, *, labels: Labels, ord: float
 ) -> _scopes.Plain:
-    groups: dict[Hashable, list[int]] = {}
-    for position, label in enumerate(_labels(updates, labels)):
-        groups.setdefault(label, []).append(position)
-    members = list(groups.values())
-    numbers = {i: number for number, some in enumerate(members) for i in some}
-    leaves = jax.tree.leaves(updates)
-    scopes = [numbers[i] for i in range(len(leaves))]
-    norms = _scope_norms(leaves, splits, scopes, len(members), ord)
-    return _scopes.Plain(norms(1.0), tuple(map(tuple, members)), norms)
+    groups = _labels(updates, labels)
+    layers = groups if labels is None else ()
+    names = {layer: str(layer) or _names.ROOT for layer in layers}
+    return _norms_of(groups, updates, splits, ord, names)
+
+
+def _norms_of(
+    groups: Sequence[Hashable],
+    updates: Any,
+    splits: _splits.Splits,
+    ord: float,
+    names: Mapping[Any, str] = MappingProxyType({}),
+) -> _scopes.Plain:
+    """Returns the norms of groups of leaves, of every layer in a stack by itself.
+
+    Args:
+      groups: that of each leaf.
+      updates: tree of the leaves.
+      splits: how each is split.
+      ord: p of the norm.
+      names: of the groups, where these are not those of their leaves.
+    """
+    stacks = _stacks.of(updates, splits)
+    members: dict[tuple[Any, Any, int], list[int]] = {}
+    rows = []
+    for i, (group, stack) in enumerate(zip(groups, stacks, strict=True)):
+        layers = range(stack.layers if stack else 1)
+        own = [(group, stack and (stack.root, stack.depth), n) for n in layers]
+        for key in own:
+            members.setdefault(key, []).append(i)
+        rows.append(own)
+    numbers = {key: number for number, key in enumerate(members)}
+    places = [tuple(numbers[key] for key in own) for own in rows]
+    pieces = _reduce.pieces(jax.tree.leaves(updates), places, splits, stacks)
+
+    def norms(scale: float) -> jax.Array:
+        return _reduce.norms(pieces, scale, len(members), ord)
+
+    def every_name() -> _names.Names:
+        found = _names.of_scopes(list(members.values()), _paths.paths(updates))
+        return [
+            _names.of_layer(names.get(group, base and base.path), stack, layer)
+            for base, (group, stack, layer) in zip(found, members, strict=True)
+        ]
+
+    scopes = tuple(map(tuple, members.values()))
+    return _scopes.Plain(norms(1.0), scopes, norms, names=every_name)
 
 
 def excluding(
@@ -75,18 +121,6 @@ def excluding(
         for leaf, is_excluded in zip(leaves, matching, strict=True)
     ]
     return formula(treedef.unflatten(counted), splits)
-
-
-def _scope_norms(
-    leaves: Sequence[jax.Array],
-    splits: Sequence[_splits.Split],
-    scopes: Sequence[int],
-    count: int,
-    ord: float,
-) -> Callable[[float], jax.Array]:
-    """Returns a function from a scale to the norms of the scopes 0, 1, ..."""
-    pieces = _reduce.pieces(leaves, scopes, [split.axes for split in splits])
-    return lambda scale: _reduce.norms(pieces, scale, count, ord)
 
 
 def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
@@ -108,33 +142,41 @@ def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
 def unit_norms(
     updates: Any, splits: _splits.Splits, *, ord: float = 2, axis: Axes = None
 ) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    paths = _paths.paths(updates)
+    leaves, paths = jax.tree.leaves(updates), _paths.paths(updates)
+    stacks = _stacks.of(updates, splits)
     axes: list[Axis | None] = [None if isinstance(axis, Mapping) else axis] * len(
         leaves
     )
     if isinstance(axis, Mapping):
         winners = _paths.resolve(axis, paths, "`axis`")
         axes = [None if winner is None else axis[winner] for winner in winners]
-    units = [_unit(*one) for one in zip(leaves, splits, axes, paths, strict=True)]
+    rows = zip(leaves, splits, axes, paths, stacks, strict=True)
+    units = [_unit(*row) for row in rows]
     is_whole = [len(unit.dimensions) == unit.array.ndim for unit in units]
     whole = tuple(i for i, alone in enumerate(is_whole) if alone)
     rest = [i for i, alone in enumerate(is_whole) if not alone]
-    of_whole = _scope_norms(
+    pieces = _reduce.pieces(
         [leaves[i] for i in whole],
-        [splits[i] for i in whole],
-        range(len(whole)),
-        len(whole),
-        checked(ord),
+        [(place,) for place in range(len(whole))],
+        tuple(splits[i] for i in whole),
+        [None] * len(whole),
     )
     parts = [units[i] for i in rest]
     places = [tuple(rest[i] for i in some) for some in _reduce.alike(parts)]
 
     def norms(scale: float) -> _units.Units:
-        arrays = _reduce.kept_norms(parts, scale, ord)
+        arrays = _reduce.kept_norms(parts, scale, checked(ord))
         if whole or not parts:
-            return _units.Units([*arrays, of_whole(scale)], (*places, whole))
+            of_whole = _reduce.norms(pieces, scale, len(whole), checked(ord))
+            return _units.Units([*arrays, of_whole], (*places, whole))
         return _units.Units(arrays, tuple(places))
+
+    def every_name() -> _names.Names:
+        return [
+            _names.of_layer(path, stack and (stack.root, stack.depth), layer)
+            for path, stack in zip(paths, stacks, strict=True)
+            for layer in range(stack.layers if stack else 1)
+        ]
 
     differ = [splits[i].axes - units[i].axes for i in rest]
     return _scopes.Plain(
@@ -142,11 +184,16 @@ def unit_norms(
         tuple((i,) for i in range(len(leaves))),
         norms,
         frozenset[str]().union(*differ),
+        every_name,
     )
 
 
 def _unit(
-    leaf: jax.Array, split: _splits.Split, axis: Axis | None, path: str
+    leaf: jax.Array,
+    split: _splits.Split,
+    axis: Axis | None,
+    path: str,
+    stack: _stacks.Stack | None,
 ) -> _reduce.Kept:
     """Returns along which dimensions of a leaf, and mesh axes, a unit goes."""
     if split.dimensions is None:
@@ -158,8 +205,12 @@ def _unit(
             )
         split = split._replace(dimensions=(split.axes,))
     shape = split.whole_shape(leaf.shape)
-    dimensions = tuple({d % leaf.ndim: None for d in _unit_axes(shape, axis, path)})
-    return _reduce.Kept(leaf, dimensions, split.along(dimensions))
+    # Those of a layer, if it is one of many: axes are counted as in the layer alone.
+    own = [d for d in range(leaf.ndim) if stack is None or d != stack.axis]
+    axes = _unit_axes(tuple(shape[d] for d in own), axis, path)
+    dimensions = tuple({own[d]: None for d in axes})
+    along = -1 if stack is None else stack.axis
+    return _reduce.Kept(leaf, dimensions, split.along(dimensions), along)
 
 
 def _unit_axes(shape: tuple[int, ...], axis: Axis | None, path: str) -> tuple[int, ...]:

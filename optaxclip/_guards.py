@@ -103,8 +103,10 @@ def skip_if_nonfinite(
             is_finite &= _is_finite_everywhere(extra_args["value"])
         return Verdict(~finite, ~is_finite, is_finite, state.rule_state)
 
-    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
-        return _scopes.zeros(_formulas.leaf_norms, leaves).norms, optax.EmptyState()
+    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any, Any]:
+        zeros = _scopes.zeros(_formulas.leaf_norms, leaves)
+        names = _scopes.names(_formulas.leaf_norms, leaves)
+        return zeros.norms, optax.EmptyState(), names
 
     return guard(inner, max_consecutive, init_rule, judge)
 
@@ -193,12 +195,13 @@ def skip_if_spike(
         culprits = jnp.zeros_like(bad) if formula is None else bad
         return Verdict(culprits, jnp.any(bad), jnp.all(finite), rule_state)
 
-    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any]:
+    def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any, Any]:
         if formula is None:
-            zeros = _scopes.single(jnp.zeros(()), leaves.dtype)
+            zeros, names = _scopes.single(jnp.zeros(()), leaves.dtype), None
         else:
             zeros = _whole(_scopes.zeros(formula, leaves))
-        return zeros.norms, _limits.init(limit, zeros, leaves)
+            names = _scopes.names(formula, leaves)
+        return zeros.norms, _limits.init(limit, zeros, leaves), names
 
     return guard(inner, max_consecutive, init_rule, judge)
 

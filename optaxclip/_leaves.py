@@ -52,11 +52,18 @@ class Leaves(NamedTuple):
             holes[i] = leaf
         return self.treedef.unflatten(holes)
 
-    def replaced(self, counted: list[Any]) -> Any:
-        """Returns the whole tree with the counted leaves replaced."""
+    def replaced(
+        self, counted: list[Any], untouched: frozenset[int] = frozenset()
+    ) -> Any:
+        """Returns the whole tree with the counted leaves replaced, less the untouched.
+
+        These are named by their places among the counted ones.
+        """
         leaves = list(self.leaves)
-        for i, leaf in zip(self.counted, counted, strict=True):
-            leaves[i] = leaf
+        pairs = zip(self.counted, counted, strict=True)
+        for place, (i, leaf) in enumerate(pairs):
+            if place not in untouched:
+                leaves[i] = leaf
         return self.treedef.unflatten(leaves)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _paths
+from optaxclip import _checks, _infinity, _paths
 from optaxclip._leaves import Leaves
 from optaxclip._scopes import Measured
 from optaxclip._units import EVERYTHING, Packed, Scope, Units, joined
@@ -43,6 +43,17 @@ def stateless(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
             " along."
         )
     return state
+
+
+def without(threshold: Any, scopes: Sequence[Scope], leaves: Leaves) -> frozenset[int]:
+    """Returns the places of the leaves that have no threshold: a Python infinity."""
+    found: set[int] = set()
+    for entry, places in _entries(threshold, scopes, leaves):
+        if _checks.is_endless(entry):
+            members = [scopes[i] for i in places]
+            every = EVERYTHING in members
+            found.update(*members, range(len(leaves.counted)) if every else ())
+    return frozenset(found)
 
 
 def update(
@@ -148,7 +159,7 @@ def _init_entry(entry: Any, norms: Packed) -> Any:
             "Expected a rule without a state for a norm of units, got one that keeps a"
             f" history, {type(state).__name__}. Use a norm of leaves or groups."
         )
-    return state
+    return jax.tree.map(_infinity.kept, state)
 
 
 def _apply_rule(
@@ -169,14 +180,14 @@ def _apply_rule(
     limits = jax.tree.map(lambda limit, norm: limit.astype(norm.dtype), limits, norms)
     if not isinstance(norms, Units):
         # A norm of zero says nothing of others: learnt from, it would allow none.
-        tells = jnp.isfinite(norms) & (norms != 0)
+        tells = jnp.isfinite(norms) & ~_infinity.is_infinite(norms) & (norms != 0)
         new = jax.tree.map(lambda a, b: _kept(a, b, tells), new, state)
     return limits, new
 
 
 def _kept(new: Any, old: Any, tells: jax.Array) -> jax.Array:
     """Keeps what a rule knew of the scopes whose norm tells nothing, and its dtypes."""
-    new = jnp.asarray(new, jnp.result_type(old))
+    new = _infinity.kept(jnp.asarray(new, jnp.result_type(old)))
     if tells.ndim > new.ndim or new.shape[new.ndim - tells.ndim :] != tells.shape:
         return jnp.where(jnp.any(tells), new, old)  # shared by all scopes
     tells = jnp.reshape(tells, (1,) * (new.ndim - tells.ndim) + tells.shape)
@@ -218,8 +229,11 @@ def params_like(params: Any, leaves: Leaves) -> list[Any]:
 
 
 def _scalar(entry: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    largest = _infinity.stand_in(dtype)
     if isinstance(entry, optax.GradientTransformation):
-        return jnp.full((), jnp.inf, dtype)  # a rule for none of these scopes
+        return jnp.full((), largest, dtype)  # a rule for none of these scopes
+    if isinstance(entry, _checks.STATIC):
+        return jnp.asarray(min(float(entry), largest), dtype)
     limit = jnp.asarray(entry(count) if callable(entry) else entry)
     if limit.shape != ():
         raise ValueError(

@@ -10,6 +10,7 @@ from optaxclip import (
     _checks,
     _engine,
     _leaves,
+    _multiply,
     _reduce,
     _spectra,
     _state,
@@ -76,7 +77,8 @@ def clip_singular_values(
 
     def init_fn(params: optax.Params) -> _state.ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        return _state.fresh(max_value, _spectra.zeros(leaves), leaves)
+        zeros, names = _spectra.zeros(leaves), _spectra.names(leaves)
+        return _state.fresh(max_value, zeros, leaves, names)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -92,14 +94,14 @@ def clip_singular_values(
         measured = _spectra.as_norms([s[..., None, :1] for _, s, _ in spectra], units)
         rule = _engine.Rule(max_value, factors.rescale)
         found = _engine.decided(rule, leaves, measured, state, params, extra_args)
-        totals = jax.tree.map(jnp.multiply, found.scales, found.rests)
+        totals = jax.tree.map(_multiply.total, found.scales, found.rests)
         columns = [
-            _units.of_leaf(packed, measured.scopes, len(every))
+            _units.of_leaf(packed, measured.scopes, leaves)
             for packed in (found.max_norms, totals)
         ]
         rows = zip(leaves.counted, every, spectra, units, *columns, strict=True)
         clipped = [_clipped(leaves.leaves[i], *row) for i, *row in rows]
-        return leaves.replaced(clipped), found.state
+        return leaves.replaced(clipped, found.untouched), found.state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

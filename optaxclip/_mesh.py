@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = frozenset[str]
 
@@ -56,6 +57,14 @@ def is_local(x: jax.Array) -> bool:
     sharding: Any = getattr(jax.typeof(x), "sharding", None)
     spread = sharding is not None and sharding.mesh.size > 1
     return jax.device_count() == 1 and not spread
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Returns ``x`` on every device where its type says that it is spread."""
+    own: Any = getattr(jax.typeof(x), "sharding", None)
+    if own is None or not any(isinstance(e, str | tuple) and e for e in own.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(own.mesh, PartitionSpec()))
 
 
 def all_devices(

@@ -19,8 +19,12 @@ def newest_weight(count: jax.Array, decay: ArrayLike, dtype: Any) -> jax.Array:
 
     By ``expm1`` and ``log1p``, for ``1 - decay**count`` would lose its digits.
     """
-    share = jnp.asarray(1 - decay, dtype)
-    faded = -jnp.expm1(count.astype(dtype) * jnp.log1p(-share))
+    return _newest_weight(count, jnp.asarray(1 - decay, dtype))
+
+
+@jax.jit
+def _newest_weight(count: jax.Array, share: jax.Array) -> jax.Array:
+    faded = -jnp.expm1(count.astype(share.dtype) * jnp.log1p(-share))
     return jnp.where(count == 1, 1, share / faded)
 
 

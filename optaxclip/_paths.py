@@ -43,10 +43,26 @@ def resolve(
         two equally specific ones match one leaf. ``what`` names the argument in the
         message.
     """
-    patterns = sorted(patterns, key=_checked)
-    winners = [_most_specific(patterns, path, what) for path in paths]
+    found = winners(patterns, paths, what)
     matching(patterns, paths, what)
-    return winners
+    return found
+
+
+def winners(
+    patterns: Iterable[str], paths: Sequence[str], what: str
+) -> list[str | None]:
+    """Returns the winning pattern of each path; some may match nothing."""
+    patterns = sorted(patterns, key=_checked)
+    return [_most_specific(patterns, path, what) for path in paths]
+
+
+def depth(pattern: str, path: str) -> int:
+    """Returns how many parts of a path name the module that a pattern matches."""
+    parts = path.split("/")
+    module = pattern.rstrip("*").rstrip("/") if pattern.endswith("**") else pattern
+    lengths = range(len(parts) + 1)
+    prefixes = {n: "/".join(parts[:n]) for n in lengths}
+    return next(n for n in lengths if _matches(module, prefixes[n], below=""))
 
 
 def matching(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[bool]:
@@ -86,14 +102,14 @@ def check_layers(patterns: Iterable[Any]) -> None:
 def cover(patterns: Iterable[str], paths: Sequence[str], what: str) -> list[str]:
     """Returns the winning pattern of each path; every path needs one."""
     patterns = list(patterns)
-    winners = resolve(patterns, paths, what)
-    for path, winner in zip(paths, winners, strict=True):
+    found = resolve(patterns, paths, what)
+    for path, winner in zip(paths, found, strict=True):
         if winner is None:
             raise ValueError(
                 f"Every leaf needs an entry in {what}: no pattern matches {path!r}."
                 f" Patterns: {sorted(patterns)}. Add '**' to cover the rest."
             )
-    return [winner for winner in winners if winner is not None]
+    return [winner for winner in found if winner is not None]
 
 
 def _path(keypath: KeyPath, only_child: bool) -> str:

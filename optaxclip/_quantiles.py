@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _moments
+from optaxclip import _checks, _infinity, _moments
 
 
 class RankedState(NamedTuple):
@@ -20,7 +20,7 @@ class RankedState(NamedTuple):
     Attributes:
       seen_count: norms seen, int32.
       last_norms: the last of them, shape ``(window, ...)``, each new one in place of
-        the oldest; infinite where there is none yet.
+        the oldest; near the largest number where there is none yet.
       ranked_norms: the same, in ascending order.
     """
 
@@ -71,9 +71,7 @@ def window_percentile(
         like: Any = params
         count = jnp.zeros_like(like, jnp.int32)
         # Two arrays: one in two places could not be donated.
-        rings = [
-            jnp.full_like(like, jnp.inf, shape=(window, *like.shape)) for _ in "ab"
-        ]
+        rings = [_infinity.full_like(like, shape=(window, *like.shape)) for _ in "ab"]
         return RankedState(count, *rings)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -92,7 +90,7 @@ def window_percentile(
 
 def _reranked(ranked: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Returns the ranked norms with a new one among them instead of an old one."""
-    places, end = _moments.places(ranked), jnp.full_like(ranked[:1], jnp.inf)
+    places, end = _moments.places(ranked), _infinity.full_like(ranked[:1])
     is_before = places < jnp.sum(ranked < old[None], axis=0)[None]
     rest = jnp.where(is_before, ranked, jnp.concatenate([ranked[1:], end]))
     rank = jnp.sum(rest < new[None], axis=0)[None]
@@ -107,7 +105,8 @@ def _percentile(ranked: jax.Array, q: ArrayLike, total: jax.Array) -> jax.Array:
     low = jnp.floor(place).astype(jnp.int32)
     high = jnp.minimum(low + 1, (total - 1)[None])
     pair = [jnp.take_along_axis(ranked, i, axis=0)[0] for i in (low, high)]
-    return pair[0] + (place - low)[0] * (pair[1] - pair[0])
+    between = (place - jnp.floor(place))[0]
+    return pair[0] + between * (pair[1] - pair[0])
 
 
 class QuantileState(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip import _mesh
+from optaxclip import _mesh, _splits, _stacks
 
 _SMALL = 8192  # elements; smaller leaves are joined
 
@@ -17,13 +17,15 @@ class Piece(NamedTuple):
 
     Attributes:
       array: its first axis goes over the scopes.
-      scopes: their numbers.
+      scopes: their numbers; of a stack of layers also those on other devices.
       axes: the mesh axes over which the array differs from device to device.
+      stack: of which the rows are the layers.
     """
 
     array: jax.Array
     scopes: tuple[int, ...]
     axes: _mesh.Axes
+    stack: _stacks.Stack | None = None
 
 
 class Kept(NamedTuple):
@@ -33,25 +35,35 @@ class Kept(NamedTuple):
       array: the leaf.
       dimensions: those to reduce, which stay with size 1.
       axes: the mesh axes that split these.
+      layers: the dimension that goes over the layers of a stack; -1 if none does.
     """
 
     array: jax.Array
     dimensions: tuple[int, ...]
     axes: _mesh.Axes
+    layers: int
 
 
 def pieces(
-    leaves: Sequence[jax.Array], scopes: Sequence[int], axes: Sequence[_mesh.Axes]
+    leaves: Sequence[jax.Array],
+    scopes: Sequence[tuple[int, ...]],
+    splits: _splits.Splits,
+    stacks: _stacks.Stacks,
 ) -> list[Piece]:
     """Sorts leaves by scope, small ones joined: one kernel reduces all of one size.
 
     Joins only what is surely on one device, for anything else would be gathered. A TPU
-    reduces small leaves together by itself.
+    reduces small leaves together by itself. A stack of layers has a scope for each.
     """
     join = jax.default_backend() != "tpu"
     small: dict[tuple[int, _mesh.Axes, jnp.dtype], list[jax.Array]] = {}
     found = []
-    for scope, leaf, over in zip(scopes, leaves, axes, strict=True):
+    for leaf, some, split, stack in zip(leaves, scopes, splits, stacks, strict=True):
+        over = split.axes
+        if stack:
+            found.append(Piece(jnp.moveaxis(leaf, stack.axis, 0), some, over, stack))
+            continue
+        (scope,) = some
         if join and leaf.size < _SMALL and _mesh.is_local(leaf):
             small.setdefault((scope, over, leaf.dtype), []).append(leaf)
         else:
@@ -112,14 +124,15 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
 def alike(leaves: Sequence[Kept]) -> list[list[int]]:
     """Returns which leaves may have their norms in one array.
 
-    Only what is surely on one device, for anything else would be gathered.
+    Only what is surely on one device.
     """
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         shape = np.array(leaf.array.shape)
         shape[list(leaf.dimensions)] = 1
         varying = _mesh.varying_axes(leaf.array) - leaf.axes
-        kind = (tuple(shape), varying) if _mesh.is_local(leaf.array) else i
+        key = tuple(shape), varying, leaf.layers
+        kind = key if _mesh.is_local(leaf.array) else i
         found.setdefault(kind, []).append(i)
     return list(found.values())
 
@@ -183,6 +196,7 @@ def over(x: jax.Array, unit: jax.Array) -> jax.Array:
 def _rows(values: jax.Array, piece: Piece) -> jax.Array:
     """Returns each row's entry of ``values``, which has one for each scope."""
     rows = values[np.array(piece.scopes)]
+    rows = piece.stack.own(rows) if piece.stack else rows
     return rows.reshape((-1,) + (1,) * (piece.array.ndim - 1))
 
 
@@ -198,6 +212,8 @@ def _totals(
     by_axes: dict[_mesh.Axes, list[Piece]] = {}
     for piece in pieces:
         reduced = combine(element(piece.array), axis=range(1, piece.array.ndim))
+        if piece.stack:
+            reduced = piece.stack.every(_mesh.replicated(reduced))
         by_axes.setdefault(piece.axes, []).append(piece._replace(array=reduced))
     totals = {axes: _total(some, count, combine) for axes, some in by_axes.items()}
     return _mesh.all_devices(totals, _collective(combine))

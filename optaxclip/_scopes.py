@@ -14,10 +14,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from optaxclip import _mesh, _reduce, _splits, _sums
+from optaxclip import (
+    _infinity,
+    _mesh,
+    _names,
+    _splits,
+)
 from optaxclip._leaves import Leaves
-from optaxclip._units import EVERYTHING, Packed, Scope, joined
+from optaxclip._units import EVERYTHING, Packed, Scope
 
 Norm = Callable[[Any], Any]  # updates -> norms, a tree prefix of the updates
 
@@ -30,12 +36,14 @@ class Plain(NamedTuple):
       scopes: which those are.
       scaled: function from a power of two to the norms of the updates times that.
       axes: the mesh axes over which the norms differ, as those of units may.
+      names: function to those of the scopes, where they aren't those of the leaves.
     """
 
     norms: Packed
     scopes: tuple[Scope, ...]
     scaled: Callable[[float], Packed]
     axes: _splits.Axes = frozenset()
+    names: Callable[[], _names.Names] = tuple
 
 
 Formula = Callable[[Any, _splits.Splits], Plain]  # of updates, and how they are split
@@ -46,8 +54,8 @@ Formula = Callable[[Any, _splits.Splits], Plain]  # of updates, and how they are
 class Measured:
     """The norms of the updates times a power of two, and that power, of all scopes.
 
-    The norm itself is their quotient, infinite where its dtype cannot hold it. Over the
-    mesh axes ``axes`` it differs from device to device.
+    The norm itself is their quotient. It differs from device to device over the mesh
+    axes ``axes``.
     """
 
     norms: Packed
@@ -56,8 +64,8 @@ class Measured:
     axes: _splits.Axes = dataclasses.field(metadata={"static": True})
 
     def sizes(self) -> Packed:
-        """Returns the norms themselves."""
-        return jax.tree.map(jnp.divide, self.norms, self.powers)
+        """Returns the norms themselves; one beyond the range by its stand-in."""
+        return jax.tree.map(_size, self.norms, self.powers)
 
 
 def measure(
@@ -67,7 +75,20 @@ def measure(
     updates = leaves.tree(leaves.measured())
     if splits is None:
         splits = _splits.splits(leaves)
-    return _measure(formula, splits, updates, jnp.dtype(leaves.dtype))
+    measured = _measured_once if is_ours(formula) else _measured
+    return measured(formula, splits, updates, jnp.dtype(leaves.dtype))
+
+
+def is_ours(function: Any) -> bool:
+    """Returns whether a function is made of this library's alone.
+
+    Such a one is traced once. What a user wrote may read a variable that has changed
+    since, and need not have a hash.
+    """
+    if isinstance(function, functools.partial):
+        parts = (function.func, *function.args, *function.keywords.values())
+        return all(is_ours(part) for part in parts if callable(part))
+    return getattr(function, "__module__", "").partition(".")[0] == __package__
 
 
 def zeros(formula: Formula, leaves: Leaves) -> Measured:
@@ -81,9 +102,21 @@ def zeros(formula: Formula, leaves: Leaves) -> Measured:
     splits = (_splits.WHOLE,) * len(leaves.counted)
     updates = leaves.tree(leaves.abstract())
     shapes = jax.eval_shape(
-        lambda u: _unscaled(formula(u, splits), leaves.dtype), updates
+        lambda u: unscaled(formula(u, splits), leaves.dtype), updates
     )
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+
+def names(formula: Formula, leaves: Leaves) -> _names.Names | None:
+    """Returns the names of all scopes, None of a scope of all leaves."""
+    found = []
+    splits = _splits.splits(leaves)
+    updates = leaves.tree(leaves.abstract())
+    jax.eval_shape(lambda u: found.append(formula(u, splits)), updates)
+    (plain,) = found
+    if EVERYTHING in plain.scopes:
+        return None
+    return plain.names() or _names.of_scopes(plain.scopes, leaves.paths())
 
 
 def single(size: jax.Array, dtype: Any) -> Measured:
@@ -92,8 +125,7 @@ def single(size: jax.Array, dtype: Any) -> Measured:
     return Measured(size, jnp.ones_like(size), (EVERYTHING,), frozenset())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 3), inline=True)
-def _measure(
+def _measured(
     formula: Formula, splits: _splits.Splits, updates: Any, dtype: Any
 ) -> Measured:
     """One pass, and a rare second one on CPU; elsewhere three norms in one pass.
@@ -102,9 +134,9 @@ def _measure(
     fusions; on a CPU three accumulators cost three passes.
     """
     plain = formula(updates, splits)
-    norms = _unscaled(plain, dtype).norms
+    norms = unscaled(plain, dtype).norms
     if not plain.scopes:
-        return _unscaled(plain, dtype)
+        return unscaled(plain, dtype)
     powers = jax.tree.map(_power, norms)
     small, large = _ends(dtype)
 
@@ -115,27 +147,52 @@ def _measure(
         # All devices take one branch, for there are collectives in it.
         return _mesh.anywhere(_anywhere(conditions), plain.axes)
 
+    needed = anywhere([p != 1 for p in jax.tree.leaves(powers)])
+
     def picked(at: Callable[[float, jax.Array], Packed]) -> Packed:
         down = at(small, anywhere([p < 1 for p in jax.tree.leaves(powers)]))
         up = at(large, anywhere([p > 1 for p in jax.tree.leaves(powers)]))
         return jax.tree.map(_pick, powers, norms, down, up)
 
     def if_needed(end: float, needed: jax.Array) -> Packed:
-        return jax.lax.cond(needed, lambda: scaled(end), lambda: norms)
+        return _cond(needed, lambda: scaled(end), lambda: norms)
 
     def always(end: float, needed: jax.Array) -> Packed:
         del needed
         return scaled(end)
 
-    exact = jax.lax.platform_dependent(
-        anywhere([p != 1 for p in jax.tree.leaves(powers)]),
-        cpu=lambda any_: jax.lax.cond(any_, lambda: picked(if_needed), lambda: norms),
-        default=lambda any_: picked(always),
+    def rarely(needed: jax.Array) -> Packed:
+        return _cond(needed, lambda: picked(if_needed), lambda: norms)
+
+    exact = (
+        jax.lax.platform_dependent(
+            needed, cpu=rarely, default=lambda needed: picked(always)
+        )
+        if isinstance(needed, Tracer)
+        else rarely(needed)
     )
     return Measured(exact, powers, plain.scopes, plain.axes)
 
 
-def _unscaled(plain: Plain, dtype: Any) -> Measured:
+_measured_once = jax.jit(_measured, static_argnums=(0, 1, 3), inline=True)
+
+
+def _cond(
+    condition: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]
+) -> Any:
+    """Takes one of two branches; of what is not traced, without compiling them."""
+    if isinstance(condition, Tracer):
+        return jax.lax.cond(condition, if_true, if_false)
+    return if_true() if condition else if_false()
+
+
+@jax.jit
+def _size(norm: jax.Array, power: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(norm), _infinity.kept(norm / power), norm)
+
+
+def unscaled(plain: Plain, dtype: Any) -> Measured:
+    """Returns plain norms that need no rescue."""
     norms = jax.tree.map(lambda x: jnp.asarray(x, dtype), plain.norms)
     powers = jax.tree.map(jnp.ones_like, norms)
     return Measured(norms, powers, plain.scopes, plain.axes)
@@ -179,48 +236,3 @@ def _pick(
     power: jax.Array, plain: jax.Array, down: jax.Array, up: jax.Array
 ) -> jax.Array:
     return jnp.where(power > 1, up, jnp.where(power < 1, down, plain))
-
-
-def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
-    """Returns what a norm of the user's own gives.
-
-    Leaves that are given the very same scalar are one scope: so a norm of groups says
-    which leaves belong together without saying anything.
-    """
-
-    def scaled(scale: float) -> Packed:
-        times = functools.partial(_reduce.scaled, scale=scale)
-        return _packed(norm(jax.tree.map(times, updates)), treedef)[0]
-
-    treedef = jax.tree.structure(updates)
-    norms = norm(updates)
-    _sums.check_same_everywhere(norms, splits)
-    return Plain(*_packed(norms, treedef), scaled)
-
-
-def given(norms: Any, leaves: Leaves) -> Measured:
-    """Sorts norms that somebody else measured by scope."""
-    holes = jax.tree.structure(leaves.tree(leaves.counted))
-    packed, scopes = _packed(norms, holes)
-    return _unscaled(Plain(packed, scopes, lambda scale: packed), leaves.dtype)
-
-
-def _packed(norms: Any, treedef: Any) -> tuple[Packed, tuple[Scope, ...]]:
-    if jax.tree.structure(norms) == jax.tree.structure(0.0) and jnp.ndim(norms) == 0:
-        return jnp.asarray(norms), (EVERYTHING,)
-    skeleton = treedef.unflatten(range(treedef.num_leaves))
-    try:
-        values = jax.tree.leaves(jax.tree.broadcast(norms, skeleton))
-    except ValueError as error:
-        raise ValueError(
-            "Expected norms that are a tree prefix of the updates (a scalar, or a"
-            f" tree of scalars), got {jax.tree.structure(norms)} for updates {treedef}."
-        ) from error
-    members: dict[int, list[int]] = {}
-    for position, value in enumerate(values):
-        members.setdefault(id(value), []).append(position)
-    distinct = [jnp.asarray(values[some[0]]) for some in members.values()]
-    scopes = tuple(map(tuple, members.values()))
-    if any(value.ndim for value in distinct):
-        return joined(distinct, [(i,) for i in range(len(distinct))]), scopes
-    return jnp.stack(distinct) if distinct else jnp.zeros(0), scopes

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _checks, _leaves, _selection, _sums
+from optaxclip import _checks, _leaves, _names, _selection, _sums
 
 
 class GuardState(NamedTuple):
@@ -23,6 +23,7 @@ class GuardState(NamedTuple):
         in :class:`ClipState`; none of them where it was the loss.
       alarm: whether the guard has objected to as many steps in a row as it was told.
       rule_state: state of the threshold, ``optax.EmptyState()`` if it has none.
+      scope_ids: which the scopes are, as in :class:`ClipState`.
     """
 
     guarded_state: Any
@@ -34,6 +35,7 @@ class GuardState(NamedTuple):
     culprits: jax.Array
     alarm: jax.Array
     rule_state: Any
+    scope_ids: jax.Array
 
 
 class Verdict(NamedTuple):
@@ -61,7 +63,7 @@ def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
+        like, rule_state, names = init_rule(_leaves.flatten(params, abstract=True))
         # No two of them the same array, which could not be donated.
         return GuardState(
             guarded_state=inner.init(params),
@@ -73,6 +75,7 @@ def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
             culprits=jnp.zeros_like(like, bool),
             alarm=jnp.zeros((), bool),
             rule_state=rule_state,
+            scope_ids=_names.encoded(names),
         )
 
     def update_fn(
@@ -111,6 +114,7 @@ def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
             culprits=kept(verdict.culprits, state.culprits),
             alarm=row >= max_consecutive,
             rule_state=kept(state.rule_state, verdict.rule_state),
+            scope_ids=state.scope_ids,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -109,16 +109,11 @@ def spam_clip(
 
         olds = _memories.recalled(state.rms, leaves)
         olds = [jnp.where(since == 0, 0, rms) for rms in olds]
-        bounds = [_bound(rms, limit, since >= warmup_steps) for rms in olds]
-        rows = zip(leaves.counted, bounds, strict=True)
-        clipped = [
-            _values.clamped(leaves.leaves[i], (bound,), leaves.dtype, "")
-            for i, bound in rows
-        ]
-        rows = zip(leaves.measured(), olds, bounds, strict=True)
-        news = [_remembered(*row, weight) for row in rows]
-        return leaves.replaced(clipped), SpamState(
-            count, _memories.remembered(state.rms, news)
+        rows = zip(leaves.counted, olds, strict=True)
+        now = limit, since >= warmup_steps, weight
+        found = [_step(leaves.leaves[i], rms, *now) for i, rms in rows]
+        return leaves.replaced([clipped for clipped, _ in found]), SpamState(
+            count, _memories.remembered(state.rms, [rms for _, rms in found])
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -138,14 +133,13 @@ def _check_steps(warmup_steps: Any, reset_every: Any) -> None:
 
 
 @jax.jit
-def _bound(rms: jax.Array, limit: jax.Array, active: jax.Array) -> jax.Array:
-    return jnp.where(active & (rms > 0), limit * rms, jnp.inf)
-
-
-@jax.jit
-def _remembered(
-    update: jax.Array, rms: jax.Array, bound: jax.Array, weight: jax.Array
-) -> jax.Array:
+def _step(
+    leaf: Any, rms: jax.Array, limit: jax.Array, active: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the clipped leaf, and the root mean squares with it among them."""
+    bound = jnp.where(active & (rms > 0), limit * rms, jnp.inf)
+    update = _leaves.widen(leaf, rms.dtype)
     size = jnp.minimum(jnp.abs(update), bound)
     new = _moments.root_mean_square(rms, size, weight)
-    return jnp.where(jnp.isfinite(update), new, rms)
+    clipped = _values.clamped(leaf, (bound,), rms.dtype, "")
+    return clipped, jnp.where(jnp.isfinite(update), new, rms)

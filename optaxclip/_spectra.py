@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optaxclip import _leaves, _scopes, _splits, _units
+from optaxclip import _leaves, _names, _scopes, _splits, _units
 
 
 def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
@@ -71,6 +71,11 @@ def zeros(leaves: _leaves.Leaves) -> Any:
     shapes = [(*x.shape[:-2], 1, 1) for x in leaves.abstract()]
     nothing = [jnp.zeros(shape, leaves.dtype) for shape in shapes]
     return as_norms(nothing, [jnp.ones_like(x) for x in nothing])
+
+
+def names(leaves: _leaves.Leaves) -> _names.Names:
+    """Returns the name of every leaf."""
+    return [_names.Name(path) for path in leaves.paths()]
 
 
 def _packed(values: list[jax.Array]) -> Any:

@@ -93,7 +93,8 @@ def clip_by_spectral_norm(
 
     def init_fn(params: optax.Params) -> _state.ClipState:
         leaves = _leaves.flatten(params, abstract=True)
-        state = _state.fresh(max_norm, _spectra.zeros(leaves), leaves)
+        zeros, names = _spectra.zeros(leaves), _spectra.names(leaves)
+        state = _state.fresh(max_norm, zeros, leaves, names)
         kept = SpectralNormState(_joined(_starts(leaves), leaves), state.rule_state)
         return state._replace(rule_state=kept)
 

@@ -4,17 +4,15 @@ Only inside ``shard_map`` and ``pmap`` does it matter: there a leaf is one devic
 piece. Under ``jit`` with sharded arrays every leaf is whole.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import PartitionSpec
 
-from optaxclip import _mesh, _paths
+from optaxclip import _contexts, _mesh, _paths
 from optaxclip._leaves import Leaves
 
 Axes = _mesh.Axes
@@ -105,35 +103,7 @@ def over_axes(fun: Any, specs: Any) -> Any:
       >>> print(jax.jit(step)(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    by_path = _by_path(specs)
-
-    def told(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _specs(by_path):
-                result = function(*args, **kwargs)
-            if isinstance(result, optax.GradientTransformation):
-                raise TypeError(_unfit(function))  # made now, it would run later
-            return result
-
-        return run
-
-    if isinstance(fun, optax.GradientTransformation):
-        inner = optax.with_extra_args_support(fun)
-        return optax.GradientTransformationExtraArgs(
-            told(inner.init), told(inner.update)
-        )
-    if not callable(fun):
-        raise TypeError(_unfit(fun))
-    return told(fun)
-
-
-def _unfit(fun: Any) -> str:
-    return (
-        "Expected a transformation or a function of updates, such as"
-        " `over_axes(clip_by_global_norm(1.0), specs)`, got"
-        f" {fun!r} of type {type(fun).__name__}."
-    )
+    return _contexts.told(fun, _specs, _by_path(specs), lambda tree: None, "over_axes")
 
 
 def splits(leaves: Leaves) -> Splits:

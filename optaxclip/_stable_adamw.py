@@ -16,6 +16,7 @@ from optaxclip import (
     _moments,
     _reduce,
     _sums,
+    _units,
     norms,
 )
 from optaxclip._engine import clip_by
@@ -143,12 +144,14 @@ def stable_adamw(
         momenta, sizes, ratios = zip(*moved, strict=True) if moved else ((), (), ())
         _, clip_state = clip.update(leaves.replaced(list(ratios)), state.clip_state)
 
+        scopes = _units.of_each_leaf(leaves)
+        factors = _units.of_leaf(clip_state.factors, scopes, leaves)
         rows = zip(leaves.counted, momenta, sizes, decaying, strict=True)
         steps = [
             _leaves.narrow(
                 _step(m, v, p, -rate * factor, share, floor), leaves.leaves[i]
             )
-            for (i, m, v, p), factor in zip(rows, clip_state.factors, strict=True)
+            for (i, m, v, p), factor in zip(rows, factors, strict=True)
         ]
         return leaves.replaced(steps), StableAdamWState(
             _memories.remembered(state.momentum, momenta),
@@ -161,10 +164,7 @@ def stable_adamw(
 
 def _weight(decay: ArrayLike, count: jax.Array, dtype: Any) -> jax.Array:
     """Returns the weight of the newest gradient, 1 minus the decay with a hat."""
-    rest = jnp.asarray(1 - decay, dtype)
-    steps = count.astype(dtype) + 1
-    faded = -jnp.expm1(steps * jnp.log1p(-rest))  # 1 - decay**steps would lose digits
-    return jnp.where(steps == 1, 1, rest / faded)
+    return _moments.newest_weight(count + 1, decay, dtype)
 
 
 @jax.jit

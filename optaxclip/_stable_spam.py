@@ -14,6 +14,7 @@ from optaxclip import (
     _limits,
     _scopes,
     _sums,
+    _units,
     factors,
     norms,
     thresholds,
@@ -112,10 +113,11 @@ def _ada_clip(decay: ArrayLike) -> optax.GradientTransformationExtraArgs:
         limits, rule_state = _limits.update(
             rule, measured, count, state.rule_state, leaves, None, extra_args
         )
-        tops = measured.sizes()
-        rows = enumerate(leaves.counted)
+        bounds = _units.of_leaf(limits, measured.scopes, leaves)
+        tops = _units.of_leaf(measured.sizes(), measured.scopes, leaves)
         clipped = [
-            _held(leaves.leaves[i], limits[j], tops[j], leaves.dtype) for j, i in rows
+            _held(leaves.leaves[i], bound, top, leaves.dtype)
+            for i, bound, top in zip(leaves.counted, bounds, tops, strict=True)
         ]
         return leaves.replaced(clipped), AdaClipState(rule_state)
 

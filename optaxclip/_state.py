@@ -1,6 +1,7 @@
 """What a clip saw, for people to read: its state at first and after a step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _leaves, _limits, _mesh, _scopes, _units
+from optaxclip import (
+    _infinity,
+    _leaves,
+    _limits,
+    _mesh,
+    _names,
+    _scopes,
+    _stacks,
+    _units,
+)
 
 
 class ClipState(NamedTuple):
@@ -16,19 +26,23 @@ class ClipState(NamedTuple):
 
     The arrays have one entry per scope, in tree order: shape ``()`` for a global norm,
     else ``(scopes,)``; where a scope is finer than a leaf, one entry per leaf, of the
-    unit that was clipped hardest. Floats are float32, or float64 where a leaf is. Read
-    them with :func:`optaxclip.summary`, which knows the names.
+    unit that was clipped hardest. Floats are float32, or float64 where a leaf is; on
+    finite updates they are finite. Read them with :func:`optaxclip.summary`, which
+    knows the names and shows as infinite what a number a millionth below the largest
+    of the dtype stands for here.
 
     Attributes:
       update_count: updates seen, int32.
-      norms: norms before the clip, in the units of the updates; infinite where a norm
-        is larger than its dtype can hold.
-      max_norms: thresholds; infinite where there was none.
+      norms: norms before the clip, in the units of the updates; the largest number
+        where a norm is larger than its dtype can hold.
+      max_norms: thresholds; the largest number where there was none.
       factors: what the updates were multiplied by; 1 where nothing happened.
       clipped_count: steps at which the factor was below 1, int32.
       rule_state: the state of the threshold's rule, ``optax.EmptyState()`` if it has
         none, a tuple of those in the order of the sorted patterns if the threshold is a
         mapping.
+      scope_ids: which the scopes are, shape ``(scopes, 4)``, int32: two of the path's
+        fingerprint and two of the place in a stack. Shape ``(4,)`` for a global norm.
     """
 
     update_count: jax.Array
@@ -37,22 +51,27 @@ class ClipState(NamedTuple):
     factors: jax.Array
     clipped_count: jax.Array
     rule_state: Any
+    scope_ids: jax.Array
 
 
 def fresh(
-    threshold: _limits.Threshold, zeros: _scopes.Measured, leaves: _leaves.Leaves
+    threshold: _limits.Threshold,
+    zeros: _scopes.Measured,
+    leaves: _leaves.Leaves,
+    names: _names.Names | None,
 ) -> ClipState:
     """Returns the state before the first step, given norms of zero."""
     zero = zeros.norms
     if isinstance(zero, _units.Units):
-        zero = jnp.zeros(len(zeros.scopes), leaves.dtype)
+        zero = jnp.zeros(len(names or ()), leaves.dtype)
     return ClipState(
         update_count=jnp.zeros((), jnp.int32),
         norms=zero,
-        max_norms=jnp.full_like(zero, jnp.inf),
+        max_norms=_infinity.full_like(zero),
         factors=jnp.ones_like(zero),
         clipped_count=jnp.zeros_like(zero, jnp.int32),
         rule_state=_limits.init(threshold, zeros, leaves),
+        scope_ids=_names.encoded(names),
     )
 
 
@@ -62,19 +81,21 @@ def after(
     max_norms: _units.Packed,
     factors: _units.Packed,
     rule_state: Any,
+    leaves: _leaves.Leaves,
 ) -> ClipState:
     """Returns the state after this step."""
+    zero = jnp.zeros_like(state.norms)
     columns = [measured.sizes(), max_norms, factors]
     if isinstance(factors, _units.Units):
-        columns = _of_hardest(*columns)
-    columns = [_fitting(x, state.norms) for x in columns]
+        columns = _of_hardest(columns, _stacks.of_leaves(leaves))
+    columns = [_fitting(x, zero) for x in columns]
     if measured.axes:
         columns = _mesh.at_smallest(columns[-1], columns, measured.axes)
     new_norms, new_max_norms, new_factors = columns
     return ClipState(
         update_count=jnp.asarray(optax.safe_increment(state.update_count)),
         norms=new_norms,
-        max_norms=new_max_norms,
+        max_norms=_infinity.kept(new_max_norms),
         factors=new_factors,
         clipped_count=jnp.where(
             new_factors < 1,
@@ -82,30 +103,48 @@ def after(
             state.clipped_count,
         ),
         rule_state=rule_state,
+        scope_ids=state.scope_ids,
     )
 
 
-def _of_hardest(*columns: _units.Units) -> list[jax.Array]:
+def _of_hardest(
+    columns: Sequence[_units.Units], stacks: _stacks.Stacks
+) -> list[jax.Array]:
     """Returns of each leaf the numbers of the unit whose last, its factor, is least.
 
-    A NaN is less than any number.
+    Of a stack those of every layer. A NaN is less than any number.
     """
-    arrays = zip(*(units.arrays for units in columns), strict=True)
-    found = [_at_smallest(*some) for some in arrays]
-    order = np.argsort([i for some in columns[-1].places for i in some])
-    return list(jnp.concatenate(found, axis=1)[:, order])
+    places = columns[-1].places
+    found, order = [], []
+    for some, *arrays in zip(places, *(units.arrays for units in columns), strict=True):
+        stack = stacks[some[0]] if some else None
+        rows = _at_smallest(arrays, -1 if stack is None else stack.axis + 1)
+        if stack:
+            # The smallest over all devices is looked for later.
+            *others, key = _mesh.replicated(rows)
+            rows = jnp.stack([*map(stack.every, others), stack.every(key, jnp.inf)])
+        found.append(rows.reshape(len(rows), -1))
+        count = found[-1].shape[1] // max(len(some), 1)
+        order += [(place, layer) for place in some for layer in range(count)]
+    ranks = sorted(range(len(order)), key=order.__getitem__)
+    return list(jnp.concatenate(found, axis=1)[:, np.array(ranks, int)])
 
 
-def _at_smallest(*columns: jax.Array) -> jax.Array:
+def _at_smallest(columns: Sequence[jax.Array], layers: int) -> jax.Array:
     """Returns of each row the numbers where those of the last column are smallest.
 
     By masks, for an index into units that are spread over devices would gather them.
+
+    Args:
+      columns: arrays of one shape.
+      layers: an axis besides the first to be kept; -1 for none.
     """
     *others, key = columns
-    if key.ndim == 1:
+    axes = tuple(i for i in range(1, key.ndim) if i != layers)
+    if not axes:
         return jnp.stack(columns)
-    axes = tuple(range(1, key.ndim))
-    place = jnp.arange(math.prod(key.shape[1:])).reshape(1, *key.shape[1:])
+    shape = tuple(key.shape[i] if i in axes else 1 for i in range(key.ndim))
+    place = jnp.arange(math.prod(shape)).reshape(shape)
     # Like `argmin`, which takes XLA ten times as long to compile.
     smallest = jnp.min(key, axis=axes, keepdims=True)
     found = (key == smallest) | jnp.isnan(key)

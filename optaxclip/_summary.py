@@ -6,20 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.core import Tracer
+import numpy as np
 from jax.tree_util import DictKey, keystr
 
-from optaxclip import _leaves, _paths
+from optaxclip import _infinity, _paths
 from optaxclip._cotangent_stats import CotangentStats
+from optaxclip._report import Column, Fields, Part, Summary
 from optaxclip._skips import GuardState
 from optaxclip._state import ClipState
 from optaxclip._values import ClipByValueState
 
-Names = tuple[list[str], list[str]]  # of leaves and of layers
+MEMORIES = ("rule_state", "guarded_state")  # fields that are not shown
 
 
-def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
+def summary(opt_state: Any, params: Any = None) -> Summary:
     """Returns the statistics of every clip in an optimizer's state, flat and named.
 
     Finds clips wherever they are: in ``optax.chain``, ``masked``, ``partition``,
@@ -36,8 +36,10 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
 
     The first four are of the last step, one for each scope:
     ``clip/norm/encoder/kernel`` for leaves, ``clip/norm/encoder`` for layers.
-    :func:`clip_by_value` only counts its steps, and clips that keep a memory of every
-    element (:func:`acclip`, :func:`spam_clip`) say nothing.
+    :func:`clip_by_value` shows for each leaf ``clip/largest``, the largest modulus of
+    an element before the clip, and ``clip/clipped_fraction``, the share of its elements
+    that were clipped at the last step. Clips that keep a memory of every element
+    (:func:`acclip`, :func:`spam_clip`) say nothing.
 
     For each guard (:func:`skip_if_nonfinite`, :func:`skip_if_spike`), called ``guard``
     likewise, there are
@@ -49,6 +51,10 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
       * ``guard/culprit``: number of the first norm that was to blame then, -1 if that
         was the loss. Outside of ``jit`` its path as well, ``guard/culprit/head/bias``,
         with the step.
+
+    Log it at every step. Return it from the jitted step as it is: inside of ``jit`` it
+    is a pytree of the vectors that the states hold, and adds nothing to the step. On
+    the host it is a mapping to NumPy scalars, which are fetched in one piece.
 
     Of what clips in the backward pass saw (:class:`CotangentStats`), followed by their
     place in the tree, ``cotangent/norm/head``:
@@ -63,11 +69,14 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
     Args:
       opt_state: state of an optimizer, or anything that holds one; or the "gradient"
         of :func:`cotangent_stats`.
-      params: the parameters, to name scopes by. Without them, and for clips that saw
-        only some of them or have groups of their own, scopes are numbered.
+      params: the parameters, to name scopes by; shapes will do. A scope has the name
+        that its clip saw in ``init``. Without params, and where groups of your own are
+        no module, scopes are numbered.
 
     Returns:
-      Scalars by name; works under ``jit`` as well. Of a state with a batch axis, made
+      A mapping from names to scalars, which may be returned from ``jit``, ``vmap`` and
+      ``scan`` (there each scalar becomes an array). Inside of these it can be asked for
+      the name of a scope, but lists them by number. Of a state with a batch axis, made
       by ``vmap``, take ``jax.vmap(summary)``.
 
     Raises:
@@ -75,141 +84,142 @@ def summary(opt_state: Any, params: Any = None) -> dict[str, jax.Array]:
         saw, or that has a batch axis.
 
     Examples:
-      >>> tx = optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> tx = optax.chain(optaxclip.clip_by_leaf_norm(1.0), optax.sgd(0.1))
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> _, opt_state = tx.update(params, tx.init(params))
-      >>> for name, value in optaxclip.summary(opt_state).items():
-      ...     print(f"{name:22} {value:.1f}")
-      clip/norm              5.0
-      clip/max_norm          1.0
-      clip/factor            0.2
-      clip/clipped_fraction  1.0
-      clip/update_count      1.0
+      >>> for name, value in optaxclip.summary(opt_state, params).items():
+      ...     print(f"{name:24} {value:.1f}")
+      clip/norm/w              5.0
+      clip/max_norm/w          1.0
+      clip/factor/w            0.2
+      clip/clipped_fraction/w  1.0
+      clip/update_count        1.0
     """
-    found = list(_clips(opt_state, params))
-    result = _cotangents(opt_state)
-    if not found and not result:
+    found = list(_found(opt_state))
+    if not found:
         raise ValueError(
             "Expected the state of an optimizer with a clip of this library in it that"
             f" keeps statistics, got {type(opt_state).__name__} without one. Pass what"
             " `tx.init` or `tx.update` returned, or the gradient of"
             " `cotangent_stats()`."
         )
-    same = collections.Counter((_kind(state), labels) for labels, state, _ in found)
+    same = collections.Counter((kind, labels) for kind, labels, _ in found)
     seen: collections.Counter[Any] = collections.Counter()
-    for labels, state, names in found:
-        kind = _kind(state)
+    parts = []
+    for kind, labels, state in found:
+        fields = _fields(state)
         number = f"_{seen[kind, labels]}" if same[kind, labels] > 1 else ""
         seen[kind, labels] += 1
-        for key, value in _statistics(state, names).items():
-            result[f"{kind}{number}{labels}/{key}"] = value
-    return result
+        ends = (kind, labels) if kind == "cotangent" else (kind + number + labels, "")
+        parts.append(Part(*ends, READERS[type(state)][1], fields))
+    return Summary(parts, () if params is None else tuple(_paths.paths(params)))
 
 
-def _kind(state: Any) -> str:
-    return "guard" if isinstance(state, GuardState) else "clip"
-
-
-def _clips(node: Any, params: Any, above: str = "") -> Iterator[tuple[str, Any, Names]]:
-    """Yields the labels, the state and the possible names of scopes of every clip."""
-    leaves = [] if params is None else _leaves.flatten(params, abstract=True).paths()
-    layers = list(dict.fromkeys(_paths.layer(path) or "root" for path in leaves))
-    stops = ClipState | ClipByValueState | GuardState | optax.MaskedState
-    for keypath, leaf in jax.tree_util.tree_leaves_with_path(
-        node, is_leaf=lambda x: isinstance(x, stops)
+def _found(node: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields of everything with statistics its kind, its labels and its state."""
+    for keypath, state in jax.tree_util.tree_leaves_with_path(
+        node, is_leaf=lambda x: type(x) in READERS
     ):
+        if type(state) not in READERS:
+            continue
+        kind, _ = READERS[type(state)]
         keys = [key.key for key in keypath if isinstance(key, DictKey)]
         labels = above + "".join(f"/{key}" for key in keys)
-        if isinstance(leaf, optax.MaskedState):
-            # It saw some of the params only: as many scopes as layers may be leaves.
-            for below, state, (names, _) in _clips(leaf.inner_state, params, labels):
-                yield below, state, (names, [])
-        elif isinstance(leaf, stops):
-            yield labels, leaf, (leaves, layers)
-            if isinstance(leaf, GuardState):
-                yield from _clips(leaf.guarded_state, params, labels)
+        if kind == "cotangent":
+            labels = f"/{keystr(keypath, simple=True, separator='/')}".rstrip("/")
+        yield kind, labels, state
+        if kind == "guard":
+            yield from _found(state.guarded_state, labels)
 
 
-def _cotangents(node: Any) -> dict[str, jax.Array]:
-    result = {}
-    for keypath, leaf in jax.tree_util.tree_leaves_with_path(
-        node, is_leaf=lambda x: isinstance(x, CotangentStats)
-    ):
-        if isinstance(leaf, CotangentStats):
-            place = keystr(keypath, simple=True, separator="/")
-            for key, value in _seen(leaf).items():
-                result[f"cotangent/{key}/{place}".rstrip("/")] = value
-    return result
-
-
-def _seen(stats: CotangentStats) -> dict[str, jax.Array]:
-    calls, norms, nonfinite, elements, clipped, histogram = stats
-    if histogram.ndim != 1:
-        raise ValueError(
-            f"Expected statistics without a batch axis, got shape {histogram.shape} for"
-            " the histogram. Call `jax.vmap(summary)`."
-        )
-    bins = histogram.shape[-1]
-    last = jnp.max(jnp.where(histogram > 0, jnp.arange(bins), 0))
-    bound = jnp.ldexp(jnp.ones_like(norms), last - bins // 2 + 1)
-    return {
-        "norm": norms / jnp.maximum(calls - nonfinite, 1),
-        "largest_norm": jnp.where(last > 0, bound, 0),
-        "clipped_fraction": clipped / jnp.maximum(elements, 1),
-        "nonfinite_fraction": nonfinite / jnp.maximum(calls, 1),
-        "calls": calls,
+def _fields(state: Any) -> Fields:
+    """Returns the arrays of a state, of which `nnx` keeps each in a variable."""
+    fields = {
+        key: jnp.asarray(*jax.tree.leaves(field))
+        for key, field in state._asdict().items()
+        if key not in MEMORIES
     }
+    for count in "update_count", "step_count", "calls":
+        if count in fields and fields[count].ndim:
+            raise ValueError(
+                "Expected statistics without a batch axis, got shape"
+                f" {fields[count].shape} for the {count} of a {type(state).__name__}."
+                " Call `jax.vmap(summary)`."
+            )
+    return fields
 
 
-def _statistics(state: Any, names: Names) -> dict[str, jax.Array]:
-    if isinstance(state, GuardState):
-        return _guarded(state, names)
-    count = _array(state.update_count)
-    if isinstance(state, ClipByValueState):
-        return {"update_count": count}
-    columns = {
-        "norm": _array(state.norms),
-        "max_norm": _array(state.max_norms),
-        "factor": _array(state.factors),
-        "clipped_fraction": _array(state.clipped_count) / jnp.maximum(count, 1),
-    }
-    result = {}
-    for key, values in columns.items():
-        if values.ndim == 0:
-            result[key] = values
-        else:
-            named = zip(_names(values.shape[0], names), values, strict=True)
-            result |= {f"{key}/{name}": value for name, value in named}
-    return result | {"update_count": count}
+def _of_clip(xp: Any, clip: Fields) -> list[Column]:
+    count, norms, max_norms = clip["update_count"], clip["norms"], clip["max_norms"]
+    factors, ids = clip["factors"], clip["scope_ids"]
+    if norms.ndim > count.ndim:
+        steps = count[..., None]
+    else:
+        steps, ids = count, None
+    share = clip["clipped_count"] / xp.maximum(steps, 1)
+    return [
+        Column("norm", _shown(xp, norms), ids),
+        Column("max_norm", _shown(xp, max_norms), ids),
+        Column("factor", _shown(xp, factors), ids),
+        Column("clipped_fraction", share.astype(factors.dtype), ids),
+        Column("update_count", count),
+    ]
 
 
-def _guarded(state: GuardState, names: Names) -> dict[str, jax.Array]:
-    culprits, last = _array(state.culprits), _array(state.last_skipped_step)
-    first = jnp.argmax(culprits) if culprits.size else -1
-    culprit = jnp.where(jnp.any(culprits), first, -1)
-    skipped, count = _array(state.skipped_count), _array(state.step_count)
-    result = {
-        "skipped_count": skipped,
-        "skipped_fraction": skipped / jnp.maximum(count, 1),
-        "consecutive_count": _array(state.consecutive_count),
-        "alarm": _array(state.alarm),
-        "last_skipped_step": last,
-        "culprit": culprit,
-    }
-    is_known = not isinstance(culprit, Tracer)
-    if culprits.ndim == 1 and is_known and culprit >= 0:
-        path = _names(culprits.shape[0], names)[int(culprit)]
-        result[f"culprit/{path}"] = last
-    return result
+def _of_value_clip(xp: Any, clip: Fields) -> list[Column]:
+    ids = clip["scope_ids"]
+    return [
+        Column("largest", _shown(xp, clip["largest"]), ids),
+        Column("clipped_fraction", clip["clipped_fractions"], ids),
+        Column("update_count", clip["update_count"]),
+    ]
 
 
-def _names(count: int, names: Names) -> list[str]:
-    """Returns a name for each of so many scopes."""
-    numbers = [str(i) for i in range(count)]
-    return next((some for some in names if len(some) == count), numbers)
+def _of_guard(xp: Any, guard: Fields) -> list[Column]:
+    culprits, last = guard["culprits"], guard["last_skipped_step"]
+    skipped, steps = guard["skipped_count"], guard["step_count"]
+    is_scoped = culprits.ndim > steps.ndim
+    culprits = culprits if is_scoped else culprits[..., None]
+    if not culprits.shape[-1]:
+        culprits = xp.zeros((*steps.shape, 1), bool)
+    first = xp.where(xp.any(culprits, axis=-1), xp.argmax(culprits, axis=-1), -1)
+    columns = [
+        Column("skipped_count", skipped),
+        Column("skipped_fraction", skipped / xp.maximum(steps, 1)),
+        Column("consecutive_count", guard["consecutive_count"]),
+        Column("alarm", guard["alarm"]),
+        Column("last_skipped_step", last),
+        Column("culprit", first),
+    ]
+    if is_scoped and xp is np and first.ndim == 0 and first >= 0:
+        ids = guard["scope_ids"][first : first + 1]
+        columns.append(Column("culprit", last[None], ids, int(first)))
+    return columns
 
 
-def _array(field: Any) -> jax.Array:
-    """An `nnx.Optimizer` keeps each array in a variable of its own."""
-    (array,) = jax.tree.leaves(field)
-    return jnp.asarray(array)
+def _of_cotangents(xp: Any, stats: Fields) -> list[Column]:
+    calls, nonfinite = stats["calls"], stats["nonfinite"]
+    bins = stats["histogram"].shape[-1]
+    last = xp.max(xp.where(stats["histogram"] > 0, xp.arange(bins), 0), axis=-1)
+    bound = xp.ldexp(xp.ones_like(stats["norms"]), last - bins // 2 + 1)
+    share = stats["clipped"] / xp.maximum(stats["elements"], 1)
+    return [
+        Column("norm", stats["norms"] / xp.maximum(calls - nonfinite, 1)),
+        Column("largest_norm", xp.where(last > 0, bound, 0)),
+        Column("clipped_fraction", share),
+        Column("nonfinite_fraction", nonfinite / xp.maximum(calls, 1)),
+        Column("calls", calls),
+    ]
+
+
+def _shown(xp: Any, values: Any) -> Any:
+    return xp.where(_infinity.is_infinite(values), xp.inf, values)
+
+
+# What is called what, and how it is read.
+READERS = {
+    ClipState: ("clip", _of_clip),
+    ClipByValueState: ("clip", _of_value_clip),
+    GuardState: ("guard", _of_guard),
+    CotangentStats: ("cotangent", _of_cotangents),
+}

@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from optaxclip import _stacks
+from optaxclip._leaves import Leaves
 
 Packed = Any  # a scalar if global, a vector, or Units
 Scope = tuple[int, ...]  # positions of its leaves among the counted ones
@@ -47,10 +51,39 @@ def joined(leaves: Sequence[jax.Array], places: Sequence[Scope]) -> Units:
     return Units(arrays, tuple(places))
 
 
-def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Array]:
-    """Returns for each of ``count`` leaves the entry of its scope."""
+def ones_at(leaves: frozenset[int], packed: Packed, scopes: Sequence[Scope]) -> Packed:
+    """Returns the numbers of all scopes, 1 for those of some leaves."""
+    if not leaves:
+        return packed
     if EVERYTHING in scopes:
-        return [packed] * count
+        return jnp.ones_like(packed)
+    if not isinstance(packed, Units):
+        chosen = np.array([leaves.issuperset(scope) for scope in scopes], bool)
+        return jnp.where(chosen, 1, packed)
+    rows = [np.array([i in leaves for i in some], bool) for some in packed.places]
+    arrays = [
+        jnp.where(row.reshape((-1,) + (1,) * (array.ndim - 1)), 1, array)
+        for row, array in zip(rows, packed.arrays, strict=True)
+    ]
+    return dataclasses.replace(packed, arrays=arrays)
+
+
+def of_each_leaf(leaves: Leaves) -> list[Scope]:
+    """Returns the scopes of a norm of leaves: one for each, or for each layer in it."""
+    stacks = enumerate(_stacks.of_leaves(leaves))
+    return [(i,) for i, stack in stacks for _ in range(stack.layers if stack else 1)]
+
+
+def of_leaf(packed: Packed, scopes: Sequence[Scope], leaves: Leaves) -> list[jax.Array]:
+    """Returns for each counted leaf the entry of its scope.
+
+    For a stack of layers, whose scopes are many, an array with the dimensions kept.
+    """
+    if EVERYTHING in scopes:
+        return [packed] * len(leaves.counted)
+    stacks = _stacks.of_leaves(leaves)
+    if any(stacks) and not isinstance(packed, Units):
+        return _of_layers(packed, scopes, stacks)
     if isinstance(packed, Units):
         scopes = [(i,) for some in packed.places for i in some]
         entries = [x for array in packed.arrays for x in _entries(array)]
@@ -58,6 +91,19 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], count: int) -> list[jax.Arr
         entries = _entries(packed)
     pairs = zip(scopes, entries, strict=True)
     return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
+
+
+def _of_layers(
+    vector: jax.Array, scopes: Sequence[Scope], stacks: _stacks.Stacks
+) -> list[jax.Array]:
+    numbers: list[list[int]] = [[] for _ in stacks]
+    for number, scope in enumerate(scopes):
+        for i in scope:
+            numbers[i].append(number)
+    return [
+        stack.kept(vector[np.array(some)]) if stack else vector[some[0]]
+        for some, stack in zip(numbers, stacks, strict=True)
+    ]
 
 
 def _entries(array: jax.Array) -> list[jax.Array]:

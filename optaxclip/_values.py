@@ -5,10 +5,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _paths, _reduce, _sums
+from optaxclip import (
+    _checks,
+    _formulas,
+    _infinity,
+    _leaves,
+    _names,
+    _paths,
+    _reduce,
+    _scopes,
+    _splits,
+    _sums,
+)
 
 Range = ArrayLike | tuple[ArrayLike, ArrayLike]
 Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Range]]
@@ -17,11 +29,19 @@ Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Ra
 class ClipByValueState(NamedTuple):
     """State of :func:`clip_by_value`.
 
+    The arrays have one entry per leaf; floats are float32, or float64 where a leaf is.
+
     Attributes:
       update_count: updates seen, shape ``()``, int32.
+      largest: moduli of the largest elements before the clip.
+      clipped_fractions: shares of the elements that were outside of the range.
+      scope_ids: which the leaves are, as in :class:`ClipState`.
     """
 
     update_count: jax.Array
+    largest: jax.Array
+    clipped_fractions: jax.Array
+    scope_ids: jax.Array
 
 
 def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
@@ -34,7 +54,8 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     Guarantees:
       * Structure, shapes and dtypes of the updates are kept.
       * Elements within the range come back bit for bit; zeros stay zeros.
-      * An infinity becomes the bound; a NaN stays NaN.
+      * An infinity becomes the bound; a NaN stays NaN. Where the limit is ``jnp.inf``,
+        the number itself, the leaf is measured and handed through.
       * Complex elements are clipped by their modulus and keep their direction; a
         complex infinity has none, and becomes NaN.
 
@@ -48,7 +69,8 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state
       :class:`ClipByValueState`. Without a schedule, ``update`` also takes None or
-      ``optax.EmptyState()`` for the state, and returns it unchanged.
+      ``optax.EmptyState()`` for the state, and returns it unchanged: then nothing is
+      measured.
 
     Raises:
       TypeError: a limit that is not a number, a pair, a schedule or a mapping.
@@ -69,8 +91,14 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     _check(limit, "limit")
 
     def init_fn(params: optax.Params) -> ClipByValueState:
-        _entries(limit, _leaves.flatten(params, abstract=True))
-        return ClipByValueState(jnp.zeros((), jnp.int32))
+        leaves = _leaves.flatten(params, abstract=True)
+        _entries(limit, leaves)
+        return ClipByValueState(
+            jnp.zeros((), jnp.int32),
+            _scopes.zeros(_formulas.leaf_norms, leaves).norms,
+            _scopes.zeros(_formulas.leaf_norms, leaves).norms,
+            _names.encoded(_scopes.names(_formulas.leaf_norms, leaves)),
+        )
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
@@ -88,23 +116,42 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
                     " none. Call `state = clip.init(params)` once and pass the"
                     " state along."
                 )
-            new_state = state
-        else:
-            count = jnp.asarray(optax.safe_increment(old.update_count))
-            new_state = ClipByValueState(count)
         now = None if old is None else old.update_count
         bounds = {
             key: _bounds(entry(now) if callable(entry) else entry, leaves.dtype)
             for key, entry in {id(entry): entry for entry in entries}.items()
         }
-        paths = leaves.paths()
         clipped = [
             clamped(leaves.leaves[i], bounds[id(entry)], leaves.dtype, path)
-            for i, entry, path in zip(leaves.counted, entries, paths, strict=True)
+            for i, entry, path in zip(
+                leaves.counted, entries, leaves.paths(), strict=True
+            )
         ]
-        return leaves.replaced(clipped), new_state
+        endless = frozenset(i for i, x in enumerate(entries) if _checks.is_endless(x))
+        updates = leaves.replaced(clipped, endless)
+        return updates, state if old is None else _after(old, leaves, updates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _after(
+    state: ClipByValueState, leaves: _leaves.Leaves, updates: Any
+) -> ClipByValueState:
+    """Returns the state after a step that made the leaves what the updates are."""
+    new = jax.tree.leaves(updates)
+    pairs = [(jnp.asarray(leaves.leaves[i]), new[i]) for i in leaves.counted]
+    # A NaN is what it was.
+    changed = [((a != b) & (b == b)).astype(leaves.dtype) for b, a in pairs]
+    splits = _splits.splits(leaves)
+    counts = _formulas.leaf_norms(leaves.tree(changed), splits, ord=1).norms
+    sizes = _formulas.sizes(leaves.tree(changed), splits)
+    largest = _formulas.leaf_norms(leaves.tree(leaves.measured()), splits, ord=jnp.inf)
+    return ClipByValueState(
+        jnp.asarray(optax.safe_increment(state.update_count)),
+        _infinity.kept(largest.norms.astype(state.largest.dtype)),
+        (counts / np.array(sizes, leaves.dtype)).astype(state.largest.dtype),
+        state.scope_ids,
+    )
 
 
 def clip(max_delta: Limit) -> optax.GradientTransformationExtraArgs:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _engine, norms, thresholds
+from optaxclip import _checks, _engine, _infinity, norms, thresholds
 
 
 def clip_by_trust_ratio(
@@ -67,7 +67,7 @@ def clip_by_trust_ratio(
     def aimed_at(sizes: Any, params: Any) -> Any:
         del params
         share = jnp.asarray(trust_coefficient, sizes.dtype)
-        return jnp.where(sizes == 0, jnp.inf, share * sizes)
+        return jnp.where(sizes == 0, _infinity.full_like(sizes), share * sizes)
 
     sizes = thresholds.relative_to_params(1.0, norms.leaf_norms, eps=0.0)
     rule = optax.chain(sizes, optax.stateless(aimed_at))
@@ -129,7 +129,7 @@ def clip_by_relative_step(
     _checks.number(relative, "relative")
     rule = optax.chain(
         thresholds.relative_to_params(relative, norms.global_norm, eps),
-        optax.scale_by_schedule(lambda count: (count + 1) ** -0.5),
+        optax.scale_by_schedule(lambda count: jnp.asarray(count + 1, float) ** -0.5),
     )
     return _engine.clip_by(norms.global_norm, rule)
 

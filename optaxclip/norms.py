@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from optaxclip import _formulas, _leaves, _scopes, _splits, _units
+from optaxclip import _formulas, _leaves, _own_norms, _scopes, _splits, _units
 
 Axes = _formulas.Axes
 Labels = _formulas.Labels
@@ -158,13 +158,19 @@ def excluding(norm: _scopes.Norm, exclude: str | Sequence[str]) -> _scopes.Norm:
     return functools.partial(_exact_excluding, norm=norm, exclude=patterns)
 
 
-@functools.lru_cache(typed=True)
 def formula(norm: _scopes.Norm) -> _scopes.Formula:
     """Returns the plain formula of ``norm``, for those who rescue it themselves."""
-    if isinstance(norm, functools.partial) and norm.func in _FORMULAS:
+    function = norm.func if isinstance(norm, functools.partial) else norm
+    if not isinstance(function, types.FunctionType) or function not in _FORMULAS:
+        return functools.partial(_own_norms.formula_of, norm)
+    return _known_formula(norm)
+
+
+@functools.lru_cache
+def _known_formula(norm: Any) -> _scopes.Formula:
+    if isinstance(norm, functools.partial):
         return functools.partial(_FORMULAS[norm.func], *norm.args, **norm.keywords)
-    known = isinstance(norm, types.FunctionType) and norm in _FORMULAS
-    return _FORMULAS[norm] if known else functools.partial(_scopes.formula_of, norm)
+    return _FORMULAS[norm]
 
 
 def is_partition(norm: _scopes.Norm) -> bool:
@@ -194,7 +200,7 @@ def _exact(norm: _scopes.Norm, updates: Any) -> Any:
     norms = measured.sizes()
     if _units.EVERYTHING in measured.scopes:
         return norms
-    by_leaf = _units.of_leaf(norms, measured.scopes, len(leaves.counted))
+    by_leaf = _units.of_leaf(norms, measured.scopes, leaves)
     if isinstance(norms, _units.Units):
         pairs = zip(by_leaf, leaves.measured(), strict=True)
         by_leaf = [x if x.ndim else x.reshape((1,) * leaf.ndim) for x, leaf in pairs]

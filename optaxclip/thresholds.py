@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _scopes, norms
+from optaxclip import _checks, _infinity, _leaves, _scopes, norms
 from optaxclip._averages import (
     MeanRmsState as MeanRmsState,
     MeanState as MeanState,
@@ -130,7 +130,7 @@ def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationEx
     inner = optax.with_extra_args_support(_checks.rule(rule, "lagged"))
 
     def init_fn(params: Any) -> LaggedState:
-        unlimited = jax.tree.map(lambda norm: jnp.full_like(norm, jnp.inf), params)
+        unlimited = jax.tree.map(_infinity.full_like, params)
         return LaggedState(unlimited, inner.init(params))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):

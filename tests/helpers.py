@@ -93,6 +93,13 @@ def bits(tree: Tree) -> list[tuple[str, tuple[int, ...], bytes]]:
     return [(str(x.dtype), x.shape, x.tobytes()) for x in leaves]
 
 
+def shown(thresholds: Any) -> np.ndarray:
+    """Thresholds with infinity for none, where a state has a number near the largest."""
+    values = np.asarray(thresholds)
+    none = float(jnp.finfo(values.dtype).max) * (1 - 1e-6)
+    return np.where(values >= none, np.inf, values)
+
+
 def types(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
 

@@ -275,6 +275,6 @@ def test_a_clip_has_the_norm_and_the_factor_of_its_row(name):
         assert got.size == len({float(np.max(x)) for x in every})
         for value in got:
             assert any(np.isclose(x, value, rtol=1e-5).any() for x in every)
-        free = jnp.isinf(state.max_norms)
+        free = np.isinf(helpers.shown(state.max_norms))
         expected = jnp.where(free, 1, factor(state.norms, state.max_norms))
         np.testing.assert_allclose(state.factors, expected, rtol=1e-5)

@@ -448,7 +448,8 @@ def test_an_overflowing_true_norm_is_reported_as_infinite_and_clipped_exactly():
     clip = oc.clip_by_global_norm(1.0)
     clipped, state = clip.update(updates, clip.init(updates))
     np.testing.assert_allclose(clipped, [0.5] * 4, rtol=1e-6)
-    assert state.norms == np.inf
+    assert np.isfinite(state.norms)
+    assert oc.summary(state)["clip/norm"] == np.inf
 
 
 def test_a_factor_below_the_smallest_number_is_applied_exactly():
@@ -604,7 +605,7 @@ def test_a_non_finite_leaf_spoils_its_own_scope_alone(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("max_norm", [0.0, 1.0, np.inf])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, jnp.asarray(jnp.inf)])
 def test_no_threshold_hides_a_non_finite_update(max_norm, bad):
     updates = {"a": jnp.array([bad, 1.0]), "b": jnp.array([3.0])}
     clipped, _ = oc.clip_by_global_norm(max_norm).update(updates, None)

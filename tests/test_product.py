@@ -222,7 +222,7 @@ def by_scope(norm: str, factor: str, updates: Tree, state: Any) -> Tree:
     sizes, of_leaf = SCOPES[norm]
     recorded, max_norms, found = (
         np.ravel(np.asarray(x, np.float64))
-        for x in (state.norms, state.max_norms, state.factors)
+        for x in (state.norms, helpers.shown(state.max_norms), state.factors)
     )
     np.testing.assert_allclose(recorded, sizes(leaves), rtol=2e-6)
     expected = factor_in_numpy(factor, recorded, max_norms)

@@ -211,7 +211,8 @@ def stepped(clip, sizes):
         str(i): jnp.asarray(column[:, None] * direction, jnp.float32)
         for i, column in enumerate(columns)
     }
-    return [np.asarray(x, np.float64) for x in over_history(clip)(grads)]
+    max_norms, results = over_history(clip)(grads)
+    return [np.asarray(x, np.float64) for x in (helpers.shown(max_norms), results)]
 
 
 RULES = {

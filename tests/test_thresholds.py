@@ -30,7 +30,7 @@ def run(clip, sizes, make=updates_of_norm):
         after = [
             helpers.vector_norm([x]) for x in helpers.truth(jax.tree.leaves(updates))
         ]
-        seen.append((np.asarray(state.norms), np.asarray(state.max_norms), after))
+        seen.append((np.asarray(state.norms), helpers.shown(state.max_norms), after))
     measured, allowed, results = (np.array(x) for x in zip(*seen, strict=True))
     return measured, allowed, results, state
 
@@ -358,7 +358,7 @@ def asked(rule, sizes, dtype=jnp.float32):
 
     state = rule.init(jnp.zeros(steps.shape[1:], dtype))
     state, limits = jax.jit(lambda s, n: jax.lax.scan(step, s, n))(state, steps)
-    return np.asarray(limits), state
+    return helpers.shown(limits), state
 
 
 def by_explicit_sums(sizes, num_std, weights_of):

@@ -121,10 +121,15 @@ def _in_window(window: int) -> _Moments:
     def update(norms: jax.Array, state: WindowState) -> tuple[Any, Any, WindowState]:
         state = _remembered(norms, state)
         filled, total = _filled(state)
-        total = total.astype(norms.dtype)
-        means = jnp.sum(state.last_norms / total[None], axis=0, where=filled)
-        errors = jnp.where(filled, state.last_norms - means[None], 0)
-        return means, _moments.root_of_squares(errors) / jnp.sqrt(total), state
+        # Above the least of them: the deviation of equal norms is exactly 0.
+        known = jnp.where(filled, state.last_norms, norms[None])
+        least = jax.lax.stop_gradient(jnp.min(known, axis=0))
+        total = total.astype(least.dtype)
+        above = known - least[None]
+        mean = jnp.sum(above / total[None], axis=0, where=filled)
+        errors = jnp.where(filled, above - mean[None], 0)
+        stds = _moments.root_of_squares(errors) / jnp.sqrt(total)
+        return least + mean, stds, state
 
     return _Moments(init, update)
 

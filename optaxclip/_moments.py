@@ -29,11 +29,16 @@ def _newest_weight(count: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def mean(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns ``(1 - weight) * old + weight * new``; ``new - old`` could overflow."""
-    rest = 1 - weight
-    return jnp.where(
-        weight < 0.5, old - weight * old + weight * new, new - rest * new + rest * old
-    )
+    """Returns ``(1 - weight) * old + weight * new``; that of equals is exactly they.
+
+    By their difference, which is 0 then, however the compiler rounds. It is taken of
+    the halves where it could overflow.
+    """
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.abs(old), jnp.abs(new)))
+    half = jnp.where(top > jnp.finfo(top.dtype).max / 2, 0.5, 1).astype(top.dtype)
+    is_near = weight < 0.5
+    step = jnp.where(is_near, weight, weight - 1) / half
+    return jnp.where(is_near, old, new) + step * (half * new - half * old)
 
 
 def root_mean_square(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

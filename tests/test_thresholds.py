@@ -1,6 +1,7 @@
 """Thresholds with a memory, each against a hand-written loop in NumPy."""
 
 import collections
+import functools
 from typing import NamedTuple
 
 import jax
@@ -423,6 +424,22 @@ def test_mean_plus_std_of_a_scope_among_many_is_that_of_it_alone(memory):
     assert state.seen_count.shape == (2,)
     np.testing.assert_allclose(together[:, 0], asked(rule, ASKED)[0], rtol=1e-6)
     np.testing.assert_allclose(together[:, 1], asked(rule, ASKED[::-1])[0], rtol=1e-6)
+
+
+@every_memory
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_the_deviation_of_equal_norms_is_exactly_zero(memory, transform):
+    rule = thresholds.mean_plus_std(1e6, **memory)
+    sizes = jnp.concatenate([jnp.geomspace(1e-37, 3e38, 499), jnp.zeros(1)])
+    state, update = rule.init(sizes), transform(rule.update)
+    for _ in range(7):
+        limits, state = update(sizes, state)
+        np.testing.assert_array_equal(limits, sizes)
+    scan = transform(
+        functools.partial(jax.lax.scan, lambda s, x: rule.update(x, s)[::-1])
+    )
+    _, scanned = scan(rule.init(sizes), jnp.tile(sizes, (7, 1)))
+    np.testing.assert_array_equal(scanned, jnp.tile(sizes, (7, 1)))
 
 
 @every_memory

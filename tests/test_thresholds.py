@@ -435,9 +435,12 @@ def test_the_deviation_of_equal_norms_is_exactly_zero(memory, transform):
     for _ in range(7):
         limits, state = update(sizes, state)
         np.testing.assert_array_equal(limits, sizes)
-    scan = transform(
-        functools.partial(jax.lax.scan, lambda s, x: rule.update(x, s)[::-1])
-    )
+
+    def body(state, sizes):
+        limits, state = rule.update(sizes, state)
+        return state, limits
+
+    scan = transform(functools.partial(jax.lax.scan, body))
     _, scanned = scan(rule.init(sizes), jnp.tile(sizes, (7, 1)))
     np.testing.assert_array_equal(scanned, jnp.tile(sizes, (7, 1)))
 

@@ -394,6 +394,24 @@ def parse_options(arguments) -> tuple[argparse.Namespace, Text]:
     return options, encode(text)
 
 
+def plot_all(names, histories: dict[int, History], folder: Path) -> list[Path]:
+    """Writes the figures, and gives their paths."""
+    paths = [folder / "characters_norms.png", folder / "characters_loss.png"]
+    norms = {chunk: history.norm for chunk, history in histories.items()}
+    title = "norm of the gradient before the clip"
+    plot_runs(norms, names, title, paths[0], MAX_NORM)
+    losses = {chunk: history.loss for chunk, history in histories.items()}
+    title = "loss of the chunk (nats per character)"
+    plot_runs(losses, names, title, paths[1])
+    return paths
+
+
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[int, History]:
     """Trains on all lengths of chunks, prints the table, and writes the figures."""
     cpu_start, start = time.process_time(), time.perf_counter()
@@ -401,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, History]:
     settings = make_settings(options.learning_rate, options.l1, options.l2)
     names, results = list(settings), {}
     total = sum(options.chunk) * options.steps
-    with tqdm(total=total, desc="training", unit="character", unit_scale=True) as bar:
+    with progress_bar(total=total, unit="characters", unit_scale=True) as bar:
         for chunk in options.chunk:
             results[chunk] = train(
                 list(settings.values()),
@@ -420,13 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[int, History]:
         f" {cpu:.1f})."
     )
     print_sample(names, results, text)
-    norms = {chunk: history.norm for chunk, history in histories.items()}
-    title = "norm of the gradient before the clip"
-    plot_runs(norms, names, title, options.out / "characters_norms.png", MAX_NORM)
-    losses = {chunk: history.loss for chunk, history in histories.items()}
-    title = "loss of the chunk (nats per character)"
-    plot_runs(losses, names, title, options.out / "characters_loss.png")
-    print(f"Figures are in {options.out}.")
+    print("Figures:", *plot_all(names, histories, options.out), sep="\n  ")
     return histories
 
 

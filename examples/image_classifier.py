@@ -594,6 +594,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     """Trains with all clips, prints the table, and writes the figure."""
     cpu_start, start = time.process_time(), time.perf_counter()
@@ -601,7 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     settings = settings_to_compare(options.learning_rate)
     rates = [share * options.learning_rate for share in SMALLER]
     total = (len(settings) + len(options.clip) + len(rates)) * options.epochs
-    with tqdm(total=total, desc="training", unit="epoch") as bar:
+    with progress_bar(total=total, unit="epochs") as bar:
 
         def run(setting: Setting, named: Named = NO_CLIP) -> History:
             network, size = (
@@ -632,8 +638,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
         f" {len(options.data.x)} images, trained on {jax.devices()[0].device_kind}:"
         f" {seconds:.1f} s (CPU seconds after imports: {cpu:.1f})."
     )
-    plot_curves(histories, options.out / "image_classifier.png")
-    print(f"The figure is in {options.out}.")
+    path = options.out / "image_classifier.png"
+    plot_curves(histories, path)
+    print(f"Figure: {path}")
     return histories
 
 

@@ -551,6 +551,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> History:
     """Trains all settings, prints the tables, and writes the figures."""
     cpu_start, start = time.process_time(), time.perf_counter()
@@ -559,7 +565,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     if options.strokes:
         draw = partial(cut_windows, options.strokes)
     settings = settings_to_compare(options.learning_rate)
-    with tqdm(total=options.steps, desc="training", unit="step") as bar:
+    with progress_bar(total=options.steps, unit="steps") as bar:
         params, fresh, history = train(
             list(settings.values()), options.seeds, options.steps, draw, bar.update
         )
@@ -576,10 +582,11 @@ def main(arguments: Sequence[str] | None = None) -> History:
     first = jax.tree.map(lambda x: x[graves, 0], params)
     seen = look_back(first, stats, fresh[:BATCH_SIZE], settings["Graves' ranges"])
     print_look_back(seen)
-    plot_loss(names, history, options.out / "handwriting_loss.png")
-    plot_norms(settings, history, options.out / "handwriting_norms.png")
-    plot_strokes(names, history, fresh[0], options.out / "handwriting_strokes.png")
-    print(f"Figures are in {options.out}.")
+    paths = [options.out / f"handwriting_{x}.png" for x in ("loss", "norms", "strokes")]
+    plot_loss(names, history, paths[0])
+    plot_norms(settings, history, paths[1])
+    plot_strokes(names, history, fresh[0], paths[2])
+    print("Figures:", *paths, sep="\n  ")
     return history
 
 

@@ -588,7 +588,7 @@ def compare(tasks, rules, seeds: int, faults: np.ndarray) -> Results:
     total = faults.size * sum(1 + tuning_calls(*size) for size in sizes)
     results: Results = {cell: {} for cell in product(tasks, OPTIMIZERS)}
     with (
-        tqdm(total=total, desc="training", unit="step") as bar,
+        progress_bar(total=total, unit="steps") as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         work = partial(compare_one, seeds=seeds, faults=faults, on_steps=bar.update)
@@ -895,6 +895,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> Results:
     """Compares the rules, prints the tables, and writes the figures."""
     cpu_start, start = time.process_time(), time.perf_counter()
@@ -907,13 +913,15 @@ def main(arguments: Sequence[str] | None = None) -> Results:
         print_table(cell, found, faults)
     print_ranks(results, added, options.tasks[0])
     print_verdict(results)
-    for task in options.tasks:
-        plot_spike(task, results, faults, options.out / f"rules_{task}.png")
+    figures = {task: options.out / f"rules_{task}.png" for task in options.tasks}
+    for task, path in figures.items():
+        plot_spike(task, results, faults, path)
     print(
         f"{len(options.rules)} rules from {options.seeds} seeds on"
         f" {jax.devices()[0].device_kind}: {seconds:.1f} s (CPU seconds after imports:"
-        f" {cpu:.1f}). Figures are in {options.out}."
+        f" {cpu:.1f})."
     )
+    print("Figures:", *figures.values(), sep="\n  ")
     return results
 
 

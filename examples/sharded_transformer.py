@@ -506,6 +506,12 @@ def join(address: str, number: int, count: int) -> None:
     jax.distributed.initialize(address, count, number)
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
     """Trains in all settings, prints the table, and draws the figure.
 
@@ -525,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
     settings, first = make_settings(mesh), jax.process_index() == 0
     records, apart = {}, {}
     total = len(settings) * options.steps
-    with tqdm(total=total, desc="training", unit="step", disable=not first) as bar:
+    with progress_bar(total=total, unit="steps", disable=not first) as bar:
         for name, setting in settings.items():
             params, records[name] = train(setting, text, options.steps, bar.update)
             if setting.batch.num_devices > 1:
@@ -537,8 +543,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
             f" devices ({mesh.devices.flat[0].device_kind}), in {options.processes}"
             f" process(es): {time.perf_counter() - start:.1f} s."
         )
-        plot_records(records, options.out / "sharded_transformer.png")
-        print(f"The figure is in {options.out}.")
+        path = options.out / "sharded_transformer.png"
+        plot_records(records, path)
+        print(f"Figure: {path}")
     return records
 
 

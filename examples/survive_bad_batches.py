@@ -360,6 +360,12 @@ def parse_options(arguments) -> argparse.Namespace:
     return options
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     """Trains within all guards, prints the table, and writes the figure."""
     cpu_start, start = time.process_time(), time.perf_counter()
@@ -367,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
     data, faults = load_data(), make_faults(options.steps)
     histories = {}
     total = len(SETTINGS) * options.steps
-    with tqdm(total=total, desc="training", unit="step") as bar:
+    with progress_bar(total=total, unit="steps") as bar:
         for name in SETTINGS:
             histories[name] = train(name, options.seeds, faults, data, bar.update)
     cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
@@ -380,8 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
         f" {jax.devices()[0].device_kind}: {seconds:.1f} s (CPU seconds after imports:"
         f" {cpu:.1f})."
     )
-    plot_losses(histories, faults, options.out / "bad_batches.png")
-    print(f"The figure is in {options.out}.")
+    path = options.out / "bad_batches.png"
+    plot_losses(histories, faults, path)
+    print(f"Figure: {path}")
     return histories
 
 

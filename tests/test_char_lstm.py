@@ -65,9 +65,11 @@ def test_the_table_names_all_settings_and_the_best_clipped_run_writes(quick):
 
 
 @pytest.mark.parametrize("name", ["norms", "loss"])
-def test_figures_are_written(quick, name):
-    *_, folder = quick
-    assert (folder / f"characters_{name}.png").stat().st_size > 10_000
+def test_figures_are_written_and_named(quick, name):
+    _, printed, folder = quick
+    path = folder / f"characters_{name}.png"
+    assert path.stat().st_size > 10_000
+    assert f"\n  {path}\n" in printed
 
 
 def test_chunks_go_on_where_the_last_one_ended_and_round_the_text(char_lstm):

@@ -78,9 +78,11 @@ def test_the_table_names_all_settings(quick):
     assert "CPU seconds after imports" in printed
 
 
-def test_the_figure_is_written(quick):
-    *_, folder = quick
-    assert (folder / "image_classifier.png").stat().st_size > 10_000
+def test_the_figure_is_written_and_named(quick):
+    _, printed, folder = quick
+    path = folder / "image_classifier.png"
+    assert path.stat().st_size > 10_000
+    assert f"Figure: {path}\n" in printed
 
 
 def test_a_nan_is_worst_and_not_clipped(classifier):

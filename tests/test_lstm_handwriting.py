@@ -47,7 +47,9 @@ def test_the_quick_mode_blows_up_without_a_clip_and_learns_with_one(
     np.testing.assert_allclose(history.norm[:3, :, 0] - history.norm[0, :, 0], 0)
     assert "Graves' ranges" in printed and "cell/*" in printed
     for name in ("loss", "norms", "strokes"):
-        assert (tmp_path / f"handwriting_{name}.png").stat().st_size > 10_000
+        path = tmp_path / f"handwriting_{name}.png"
+        assert path.stat().st_size > 10_000
+        assert f"\n  {path}\n" in printed
 
 
 def test_the_folder_of_the_data_base_is_read(example, strokes):

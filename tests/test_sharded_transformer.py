@@ -118,8 +118,11 @@ def test_the_table_says_who_agrees(quick):
     assert "10 steps on 2 x 2 x 2 devices (cpu), in 1 process(es)" in printed
 
 
-def test_the_figure_is_written(quick):
-    assert (quick[2] / "sharded_transformer.png").stat().st_size > 10_000
+def test_the_figure_is_written_and_named(quick):
+    _, printed, folder = quick
+    path = folder / "sharded_transformer.png"
+    assert path.stat().st_size > 10_000
+    assert f"Figure: {path}\n" in printed
 
 
 def test_all_settings_start_from_the_same_bits(example, mesh):

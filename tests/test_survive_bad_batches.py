@@ -84,9 +84,11 @@ def test_the_table_names_all_settings_and_whom_the_guards_blame(quick):
     assert "CPU seconds after imports" in printed
 
 
-def test_the_figure_is_written(quick):
-    *_, folder = quick
-    assert (folder / "bad_batches.png").stat().st_size > 10_000
+def test_the_figure_is_written_and_named(quick):
+    _, printed, folder = quick
+    path = folder / "bad_batches.png"
+    assert path.stat().st_size > 10_000
+    assert f"Figure: {path}\n" in printed
 
 
 def test_labels_that_do_not_exist_leave_the_gradient_finite(survive):

@@ -2,21 +2,26 @@
 
 This is the textbooks' experiment. The targets of the regression reach from -400 to
 400, so the first gradients are in the hundreds, and SGD with a learning rate of 0.01
-and momentum 0.9 throws the network out of its range within a dozen steps. Seven
-settings are compared: no clip, four clips, and the two other remedies that textbooks
-name (a small learning rate, a standardised target).
+and momentum 0.9 throws the network out of its range within a dozen steps. Nine settings
+are compared: no clip, six clips, and the two other remedies that textbooks name (a
+small learning rate, a standardised target). One of the clips is a trap: a global norm
+of 600, about that of the first gradients, keeps every number finite, but the steps are
+so long still that the hidden units die, and the network predicts the mean.
 
 Run:
-    python examples/mlp_regression.py               # 16 seeds, about 5 s on two cores
+    python examples/mlp_regression.py               # 16 seeds, about 6 s on two cores
     python examples/mlp_regression.py --seeds 1     # mostly imports and compiling
     python examples/mlp_regression.py --quick --out /path/to/figures
 
-Expected (medians of 16 seeds; the variance of the test targets is 26213):
+Expected (MSE, medians of 16 seeds; that of the mean of the targets is 20381 and 26269):
     no clip                  every run is NaN within the first dozen steps
     global norm 1            train about 2.8, test about 18
-    norm 1 per leaf          train about 0.8, test about 16
+    global norm 600          train 20384,     test about 28000: dead, the gradient of
+                             the hidden layer is exactly 0 in 98 % of the last steps
+    norm 1 per leaf          train about 1,   test about 16
     values within 5          train about 45,  test about 50
-    values within 0.5        train about 6.5, test about 11
+    values within 0.5        train about 5.5, test about 10
+    relative step 0.03       train about 0.6, test about 5, with nothing tuned
     small learning rate      train about 0.2, test about 6: a learning rate that is
                              chosen well (3e-4; 2e-3 is NaN) needs no clip
     standardised target      train about 50,  test about 140, in the original units
@@ -30,7 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -49,6 +54,7 @@ BATCH_SIZE = 32
 BATCHES = math.ceil(TRAIN_ROWS / BATCH_SIZE)  # steps per epoch; the last is smaller
 MOMENTUM = 0.9
 SMALL = 0.03  # times the learning rate: the best one without a clip is 3e-4
+TOO_HIGH = 600.0  # a threshold that keeps the numbers finite, and kills the network
 CONVERGED = 100.0  # MSE below which a run counts as converged
 
 
@@ -59,6 +65,7 @@ class Setting(NamedTuple):
     max_norm: float = math.inf  # of all gradients together
     max_leaf_norm: float = math.inf  # of each kernel and each bias
     max_value: float = math.inf  # of each element
+    relative_step: float = math.inf  # of the first step, to the norm of the parameters
     target_mean: float = 0.0  # the network learns (y - mean) / std
     target_std: float = 1.0
 
@@ -78,6 +85,8 @@ class History(NamedTuple):
     batch_loss: np.ndarray  # at each step, before its update
     norm: np.ndarray  # of the whole gradient at each step, before the clip
     leaf_norms: dict[str, np.ndarray]  # of each leaf, as it reaches the clip per leaf
+    step_norm: np.ndarray  # of learning rate x gradient, before the clip by its norm
+    max_step: np.ndarray  # what that clip allowed
     largest: np.ndarray  # absolute value of an element at each step, before the clip
 
 
@@ -93,9 +102,11 @@ def textbook_settings(data: Data, learning_rate: float) -> dict[str, Setting]:
     return {
         "no clip": Setting(learning_rate),
         "global norm 1": Setting(learning_rate, max_norm=1.0),
+        f"global norm {TOO_HIGH:g}": Setting(learning_rate, max_norm=TOO_HIGH),
         "norm 1 per leaf": Setting(learning_rate, max_leaf_norm=1.0),
         "values within 5": Setting(learning_rate, max_value=5.0),
         "values within 0.5": Setting(learning_rate, max_value=0.5),
+        "relative step 0.03": Setting(learning_rate, relative_step=0.03),
         f"learning rate {SMALL * learning_rate:g}": Setting(SMALL * learning_rate),
         "standardised target": Setting(learning_rate, target_mean=mean, target_std=std),
     }
@@ -118,14 +129,30 @@ def make_optimizer(setting: Setting) -> optax.GradientTransformationExtraArgs:
 
         optax.chain(optaxclip.clip_by_global_norm(1.0), optax.sgd(0.01, momentum=0.9))
 
-    Here are three, of which a threshold of inf switches two or all off: the settings
-    then differ in numbers alone, and one compiled program trains them all.
+    Here are four, of which a threshold of inf switches three or all off: the settings
+    then differ in numbers alone, and one compiled program trains them all. The last one
+    bounds the step, so SGD is written as its parts, and the clip goes between them.
     """
     return optax.chain(
         optaxclip.clip_by_global_norm(setting.max_norm),
         optaxclip.clip_by_leaf_norm(setting.max_leaf_norm),
         optaxclip.clip_by_value(setting.max_value),
-        optax.sgd(setting.learning_rate, momentum=MOMENTUM),
+        optax.scale(-setting.learning_rate),
+        optaxclip.clip_by_relative_step(setting.relative_step),
+        optax.trace(MOMENTUM),
+    )
+
+
+def seen_by_the_clips(opt_state, params):
+    """Gives the norms of gradient, leaves and step before their clips, and max_step."""
+    stats = optaxclip.summary(opt_state, params)
+    leaf = "clip_1/norm/"
+    leaf_norms = {key.removeprefix(leaf): stats[key] for key in stats if leaf in key}
+    return (
+        stats["clip_0/norm"],
+        leaf_norms,
+        stats["clip_3/norm"],
+        stats["clip_3/max_norm"],
     )
 
 
@@ -158,12 +185,9 @@ def train_epoch(setting: Setting, run, batches, data: Data):
         params, opt_state = run
         loss, grads = jax.value_and_grad(loss_of_batch)(params, rows)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        stats = optaxclip.summary(opt_state, params)  # what the clips measured
-        leaf = "clip_1/norm/"
         measured = (
             loss * setting.target_std**2,
-            stats["clip_0/norm"],
-            {key.removeprefix(leaf): stats[key] for key in stats if leaf in key},
+            *seen_by_the_clips(opt_state, params),
             jnp.abs(ravel_pytree(grads)[0]).max(),
         )
         return (optax.apply_updates(params, updates), opt_state), measured
@@ -228,22 +252,43 @@ def first_true(conditions) -> np.ndarray:
     return np.where(conditions.any(axis=-1), first, np.inf)
 
 
-def print_table(names: Sequence[str], history: History) -> None:
+def print_table(names: Sequence[str], data: Data, history: History) -> None:
     """Prints one aligned line per setting."""
-    columns = "{:20} {:>10} {:>7}  {:>21}  {:>21} {:>10}".format
-    print(columns("", "not finite", "at step", "train MSE", "test MSE", "loss < 100"))
+    columns = "{:20} {:>10} {:>7} {:>6}  {:>21}  {:>21} {:>10}".format
+    heads = "not finite", "at step", "dead", "train MSE", "test MSE", "loss < 100"
+    print(columns("", *heads))
     parts = "25 % / median / 75 %"
-    print(columns("setting", "runs", "", parts, parts, "at epoch"))
+    print(columns("setting", "runs", "", "steps", parts, parts, "at epoch"))
+    dead = dead_share(history)
     for i, name in enumerate(names):
         broken = first_true(~np.isfinite(history.batch_loss[i]))
         steps = broken[np.isfinite(broken)]
         cells = [name, f"{steps.size} of {broken.size}"]
         cells += [f"{steps.min():.0f}-{steps.max():.0f}" if steps.size else "-"]
+        cells += [f"{dead[i]:.0%}"]
         for mse in history.train_mse[i], history.test_mse[i]:
             cells += [" / ".join(map(short, quartiles(mse[:, -1])))]
         epoch = np.median(first_true(epoch_loss(history.batch_loss[i]) < CONVERGED))
         cells += [f"{epoch:.0f}" if np.isfinite(epoch) else "never"]
         print(columns(*cells))
+    train, test = map(short, mse_of_the_mean(data))
+    print("Dead steps: those of the last epoch whose hidden gradient is exactly 0.")
+    print(f"The mean of the targets has an MSE of {train} on train, {test} on test.")
+
+
+def dead_share(history: History) -> np.ndarray:
+    """Gives the share of the last epoch's steps that leave the hidden layer as it is.
+
+    Its gradient is exactly 0 there: no unit is above zero for any row of the batch.
+    """
+    last_epoch = history.leaf_norms["Dense_0/kernel"][..., -BATCHES:]
+    return (last_epoch == 0).mean(axis=(1, 2))
+
+
+def mse_of_the_mean(data: Data) -> tuple[float, float]:
+    """Measures the mean of the train targets as a prediction, on both halves."""
+    train, test = np.split(data.y - data.y[:TRAIN_ROWS].mean(), 2)
+    return float((train**2).mean()), float((test**2).mean())
 
 
 def short(value: float) -> str:
@@ -262,6 +307,20 @@ def epoch_loss(batch_loss) -> np.ndarray:
     )
 
 
+def plot_all(settings, data: Data, history: History, folder: Path) -> list[Path]:
+    """Writes the figures, and gives their paths."""
+    names, mean = list(settings), mse_of_the_mean(data)[0]
+    figures = {
+        "target": partial(plot_target, data),
+        "learning_curves": partial(plot_learning_curves, names, history, mean),
+        "gradient_norms": partial(plot_gradient_norms, settings, history),
+        "loss_to_nan": partial(plot_loss_to_nan, history),
+    }
+    for name, plot in figures.items():
+        plot(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
+
+
 def plot_target(data: Data, path: Path) -> None:
     """Shows why the gradients are large: the targets spread over hundreds."""
     figure, (left, right) = new_figure(1, 2, figsize=(10, 4))
@@ -276,48 +335,62 @@ def plot_target(data: Data, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_learning_curves(names: Sequence[str], history: History, path: Path) -> None:
+def plot_learning_curves(
+    names: Sequence[str], history: History, mean: float, path: Path
+) -> None:
     """Shows MSE over epochs, and the loss over the first steps without a clip."""
-    figure, axes = new_figure(2, 4, figsize=(15, 7.5))
+    figure, axes = new_figure(2, 5, figsize=(18, 7.5))
     plot_first_steps(axes[0, 0], history.batch_loss[0], names[0])
     axes[0, 0].set(ylabel="loss of the batch")
     epochs = np.arange(1, history.train_mse.shape[-1] + 1)
-    for i, ax in enumerate(axes.flat[1:7], start=1):
+    for i, ax in enumerate(axes.flat[1:-1], start=1):
         plot_band(ax, epochs, history.train_mse[i], "C0", "train")
         plot_band(ax, epochs, history.test_mse[i], "C1", "test")
+        ax.axhline(mean, color="black", linestyle=":", label="the mean of the targets")
         ax.set(title=names[i], xlabel="epoch", ylabel="mean squared error")
-        ax.set(yscale="log", ylim=(0.1, 1e5))
-        ax.legend()
-    explain(figure, axes[1, 3], "The loss while training", history)
+        ax.set(yscale="log", ylim=(0.01, 1e5))
+        ax.legend(loc="lower left")
+    explain(figure, axes.flat[-1], "The loss while training", history)
     figure.savefig(path)
 
 
 def plot_gradient_norms(settings, history: History, path: Path) -> None:
     """Shows what each clip measured, before it clipped, beside its threshold."""
-    figure, axes = new_figure(2, 4, figsize=(15, 7.5))
+    figure, axes = new_figure(2, 5, figsize=(18, 7.5))
     names = list(settings)
     plot_first_steps(axes[0, 0], history.norm[0], names[0])
     axes[0, 0].set(ylabel="norm of the gradient")
     steps = np.arange(1, history.norm.shape[-1] + 1)
-    for i, ax in enumerate(axes.flat[1:7], start=1):
-        setting = settings[names[i]]
-        measured = {"norm of the gradient": history.norm[i]}
-        threshold = setting.max_norm
-        if math.isfinite(setting.max_leaf_norm):
-            measured = {leaf: norms[i] for leaf, norms in history.leaf_norms.items()}
-            threshold = setting.max_leaf_norm
-        if math.isfinite(setting.max_value):
-            measured = {"largest |element| of the gradient": history.largest[i]}
-            threshold = setting.max_value
+    for i, ax in enumerate(axes.flat[1:-1], start=1):
+        measured, threshold = measured_by(settings[names[i]], history, i)
         for number, (label, values) in enumerate(measured.items()):
             plot_band(ax, steps, values, f"C{number}", label)
-        if math.isfinite(threshold):
-            ax.axhline(threshold, color="black", linestyle="--", label="threshold")
+        if np.isfinite(threshold).all():
+            threshold = np.broadcast_to(threshold, steps.shape)
+            ax.plot(steps, threshold, color="black", linestyle="--", label="threshold")
         ax.set(title=names[i], xlabel="step (log scale)", ylabel="before the clip")
-        ax.set(xscale="log", yscale="log", ylim=(0.03, 3e5))
-        ax.legend(loc="upper right", ncols=2 if len(measured) > 1 else 1)
-    explain(figure, axes[1, 3], "The gradient before the clip", history)
+        ax.set(xscale="log", yscale="log", ylim=(3e-3, 3e6))
+        ax.legend(loc="upper right", ncols=2 if len(measured) > 2 else 1)
+    explain(figure, axes.flat[-1], "The gradient before the clip", history)
     figure.savefig(path)
+
+
+def measured_by(setting: Setting, history: History, i: int) -> tuple[dict, Any]:
+    """Names the sizes that the clip of a setting looks at, and gives its threshold."""
+    if math.isfinite(setting.max_leaf_norm):
+        leaves = {leaf: norms[i] for leaf, norms in history.leaf_norms.items()}
+        return leaves, setting.max_leaf_norm
+    if math.isfinite(setting.max_value):
+        largest = {"largest |element| of the gradient": history.largest[i]}
+        return largest, setting.max_value
+    if math.isfinite(setting.relative_step):
+        step = {"norm of learning rate x gradient": history.step_norm[i]}
+        return step, np.median(history.max_step[i], axis=0)
+    measured = {"norm of the gradient": history.norm[i]}
+    if math.isfinite(setting.max_norm):
+        hidden = history.leaf_norms["Dense_0/kernel"][i]
+        measured["hidden kernel, after the clip"] = hidden
+    return measured, setting.max_norm
 
 
 def plot_loss_to_nan(history: History, path: Path) -> None:
@@ -394,6 +467,12 @@ def finite(values) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
+def progress_bar(**options) -> tqdm:
+    """Makes a bar that does not guess the time left: much of it goes into compiling."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
+    return tqdm(desc="compiling and training", bar_format=form, **options)
+
+
 def whole_number(text: str) -> int:
     """Reads an option that counts something."""
     if not text.isdecimal() or int(text) < 1:
@@ -449,22 +528,18 @@ def main(arguments: Sequence[str] | None = None) -> History:
     options = parse_options(parser, arguments)
     data = regression_data()
     settings = textbook_settings(data, options.learning_rate)
-    with tqdm(total=options.epochs, desc="training", unit="epoch") as bar:
+    with progress_bar(total=options.epochs, unit="epochs") as bar:
         history = train(
             list(settings.values()), options.seeds, options.epochs, data, bar.update
         )
     cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
-    print_table(list(settings), history)
+    print_table(list(settings), data, history)
     print(
         f"{len(settings)} x {options.seeds} runs, compiled and trained together on"
         f" {jax.devices()[0].device_kind}: {seconds:.1f} s"
         f" (CPU seconds after imports: {cpu:.1f})."
     )
-    plot_target(data, options.out / "target.png")
-    plot_learning_curves(list(settings), history, options.out / "learning_curves.png")
-    plot_gradient_norms(settings, history, options.out / "gradient_norms.png")
-    plot_loss_to_nan(history, options.out / "loss_to_nan.png")
-    print(f"Figures are in {options.out}.")
+    print("Figures:", *plot_all(settings, data, history, options.out), sep="\n  ")
     return history
 
 

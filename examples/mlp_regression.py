@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import make_regression
 from tqdm import tqdm
@@ -146,11 +147,10 @@ def make_optimizer(setting: Setting) -> optax.GradientTransformationExtraArgs:
 def seen_by_the_clips(opt_state, params):
     """Gives the norms of gradient, leaves and step before their clips, and max_step."""
     stats = optaxclip.summary(opt_state, params)
-    leaf = "clip_1/norm/"
-    leaf_norms = {key.removeprefix(leaf): stats[key] for key in stats if leaf in key}
+    paths = flatten_dict(params, sep="/")
     return (
         stats["clip_0/norm"],
-        leaf_norms,
+        {path: stats[f"clip_1/norm/{path}"] for path in paths},
         stats["clip_3/norm"],
         stats["clip_3/max_norm"],
     )

@@ -159,6 +159,7 @@ def decided(
         count = jnp.zeros((), jnp.int32)
         past = _limits.stateless(threshold, measured, leaves)
     else:
+        old = _state.typed(old)
         count, past = old.update_count, old.rule_state
     max_norms, rule_state = _limits.update(
         threshold, measured, count, past, leaves, params, extra_args

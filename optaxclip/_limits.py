@@ -74,6 +74,8 @@ def update(
             f" {got}: it belongs to another clip or to other params. Call"
             " `state = clip.init(params)`."
         )
+    # In a blend of states counts have become floats.
+    state = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), state, fresh)
     parts: list[tuple[list[int], Packed]] = []
     states = []
     olds = state if isinstance(threshold, Mapping) else (state,)

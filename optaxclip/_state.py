@@ -75,6 +75,14 @@ def fresh(
     )
 
 
+def typed(state: ClipState) -> ClipState:
+    """Returns the state with its whole numbers as such: a blend makes them floats."""
+    whole = {"update_count", "clipped_count", "scope_ids"}
+    return state._replace(
+        **{key: jnp.asarray(getattr(state, key), jnp.int32) for key in whole}
+    )
+
+
 def after(
     state: ClipState,
     measured: _scopes.Measured,

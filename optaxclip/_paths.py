@@ -4,6 +4,10 @@ A leaf's path is written ``a/b/c``. A pattern names a leaf or a whole subtree an
 begin at any module boundary; a leading ``/`` anchors it at the root, ``*`` stands for
 one part or a piece of one, ``**`` for any number of parts. Of several patterns that
 match a leaf the most specific one wins, so their order never matters.
+
+Flat names, as converted checkpoints have them, are paths too: where the last key has a
+dot in it, ``layers.3.weight``, dots separate modules as slashes do, in the path and in
+patterns. A dot in the name of a module with leaves below it separates nothing.
 """
 
 import collections
@@ -30,7 +34,9 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
 
 def layer(path: str) -> str:
     """Returns the module path of a leaf: its path without the last part."""
-    return path.rpartition("/")[0]
+    parent, slash, last = path.rpartition("/")
+    module = last.rpartition(".")[0]
+    return parent + slash + module if module else parent
 
 
 def resolve(
@@ -125,7 +131,7 @@ def _checked(pattern: Any) -> str:
             f"Expected path patterns such as 'encoder/*', got {pattern!r} of type"
             f" {type(pattern).__name__}. Write the leaf's path as a string."
         )
-    if not pattern.strip("/"):
+    if not pattern.strip("/."):
         raise ValueError(
             f"Expected path patterns such as 'encoder/*', got {pattern!r}."
             " Write '**' to mean every leaf."
@@ -139,8 +145,9 @@ def _most_specific(
     matching = [pattern for pattern in patterns if _matches(pattern, path, below)]
     if not matching:
         return None
-    best = max(map(_specificity, matching))
-    winners = [pattern for pattern in matching if _specificity(pattern) == best]
+    ranks = [_specificity(pattern, _separators(path)[-1]) for pattern in matching]
+    pairs = zip(matching, ranks, strict=True)
+    winners = [pattern for pattern, rank in pairs if rank == max(ranks)]
     if len(winners) > 1:
         raise ValueError(
             f"Expected one most specific pattern for {path!r} in {what}, got"
@@ -150,24 +157,33 @@ def _most_specific(
 
 
 def _matches(pattern: str, path: str, below: str = ANY_PARTS) -> bool:
-    parts = "".join(part + "/" for part in path.split("/") if part)
+    return any(_fits(pattern, path, some, below) for some in _separators(path))
+
+
+def _fits(pattern: str, path: str, separators: str, below: str) -> bool:
+    parts = "".join(part + "/" for part in _parts(path, separators))
     middle = [
         ANY_PARTS if part == "**" else re.escape(part).replace(r"\*", "[^/]*") + "/"
-        for part in _parts(pattern)
+        for part in _parts(pattern, separators)
     ]
     start = "" if pattern.startswith("/") else ANY_PARTS
     return re.fullmatch(start + "".join(middle) + below, parts) is not None
 
 
-def _specificity(pattern: str) -> Specificity:
-    parts = [part for part in _parts(pattern) if part != "**"]
+def _specificity(pattern: str, separators: str) -> Specificity:
+    parts = [part for part in _parts(pattern, separators) if part != "**"]
     literal = sum("*" not in part for part in parts)
     alone = sum(part == "*" for part in parts)
     return literal, len(parts) - literal - alone, alone
 
 
-def _parts(pattern: str) -> list[str]:
-    return [part for part in pattern.split("/") if part]
+def _separators(path: str) -> tuple[str, ...]:
+    """Returns what may separate the parts of a path; the last finds the most parts."""
+    return ("/", "/.") if "." in path.rpartition("/")[2] else ("/",)
+
+
+def _parts(path: str, separators: str) -> list[str]:
+    return [part for part in re.split(f"[{separators}]", path) if part]
 
 
 def _listing(paths: Sequence[str], most: int = 20) -> str:

@@ -100,9 +100,10 @@ def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
     """Returns a norm that gives each leaf the norm of its group.
 
     Args:
-      labels: None, where a group is a layer: the leaves under one module path; a
-        mapping from path patterns to labels; or a function from the updates to a tree
-        of labels. Leaves with equal labels are one group.
+      labels: None, where a group is a layer: the leaves under one module path, which of
+        flat names such as ``layers.3.weight`` is all before the last dot; a mapping
+        from path patterns to labels; or a function from the updates to a tree of
+        labels. Leaves with equal labels are one group.
       ord: p of the norm, at least 1.
 
     Raises:

@@ -177,3 +177,113 @@ def test_a_layer_is_the_leaves_under_one_module_path():
     _, state = clip.update(tree, clip.init(tree))
     # a/b (two leaves), a (one leaf), and the root (one leaf), by their first leaf.
     assert [round(float(x) ** 2) for x in state.norms] == [2, 1, 1]
+
+
+# --------------------------------------------------------------------------------------
+# Flat names, in which dots separate modules
+# --------------------------------------------------------------------------------------
+
+FLAT = (
+    "encoder.0.attention.weight",
+    "encoder.0.mlp.weight",
+    "encoder.1.mlp.weight",
+    "head.bias",
+    "head.weight",
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("head.weight", {"head.weight"}),
+        ("head/weight", {"head.weight"}),
+        ("head", {"head.bias", "head.weight"}),
+        ("weight", {p for p in FLAT if p.endswith("weight")}),
+        ("encoder.0", {p for p in FLAT if ".0." in p}),
+        ("encoder/0", {p for p in FLAT if ".0." in p}),
+        ("0.mlp", {"encoder.0.mlp.weight"}),
+        ("encoder.*.mlp", {p for p in FLAT if "mlp" in p}),
+        ("encoder/*/mlp", {p for p in FLAT if "mlp" in p}),
+        ("encoder.**.weight", {p for p in FLAT if "encoder" in p}),
+        ("*.weight", {p for p in FLAT if p.endswith("weight")}),
+        ("/head", {"head.bias", "head.weight"}),
+        ("/mlp", set()),
+        ("encoder.1.mlp.w", set()),
+        ("ead.weight", set()),
+        (".weight", {p for p in FLAT if p.endswith("weight")}),
+        ("**", set(FLAT)),
+    ],
+)
+def test_a_dot_in_a_flat_name_separates_as_a_slash_does(pattern, matched):
+    tree = dict.fromkeys(FLAT, jnp.array(1000.0))
+    if not matched:
+        with pytest.raises(ValueError, match="match"):
+            winners({pattern: 1.0, "**": 2.0}, tree)
+        return
+    seen = winners({"**": 2.0} | {pattern: 1.0}, tree)
+    assert {path for path, value in seen.items() if value == 1.0} == matched
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"weight": 1.0, "head.weight": 2.0, "**": 3.0},
+        {"head": 1.0, "head/weight": 2.0, "**": 3.0},
+        {"head.*": 1.0, "head.weight": 2.0, "**": 3.0},
+    ],
+)
+def test_the_pattern_with_more_of_a_flat_name_wins(limits):
+    tree = dict.fromkeys(FLAT, jnp.array(1000.0))
+    assert winners(limits, tree)["head.weight"] == 2.0
+
+
+def test_dots_in_the_name_of_a_module_separate_nothing():
+    tree = tree_of(["conv_v1.5/kernel", "head.out/kernel"])
+    seen = winners({"conv_v1.5": 1.0, "head.out": 2.0}, tree)
+    assert seen == {"conv_v1.5/kernel": 1.0, "head.out/kernel": 2.0}
+    with pytest.raises(ValueError, match="'conv_v1' matches none"):
+        winners({"conv_v1": 1.0, "**": 2.0}, tree)
+    with pytest.raises(ValueError, match="'head/out' matches none"):
+        winners({"head/out": 1.0, "**": 2.0}, tree)
+
+
+@pytest.mark.parametrize("pattern", ["", "/", ".", "/."])
+def test_a_pattern_of_separators_alone_raises(pattern):
+    with pytest.raises(ValueError, match="Write '\\*\\*' to mean every leaf"):
+        winners({pattern: 1.0, "**": 2.0}, dict.fromkeys(FLAT, jnp.array(9.0)))
+
+
+@pytest.mark.parametrize(
+    ("tree", "layers"),
+    [
+        (
+            dict.fromkeys(FLAT, 1.0),
+            ["encoder.0.attention", "encoder.0.mlp", "encoder.1.mlp", "head"],
+        ),
+        ({"a": {"l1.w": 1.0, "l1.b": 1.0, "w": 1.0}}, ["a/l1", "a"]),
+        ({"mlp/~/linear_0": {"w": 1.0, "b": 1.0}}, ["mlp/~/linear_0"]),
+        (
+            {"v1.5": {"w": 1.0, "b": 1.0}, "v1.6": {"w": 1.0}},
+            ["v1.5", "v1.6"],
+        ),
+        ({".w": 1.0, "b": 1.0}, ["root"]),
+        ({"a": {".w": 1.0, "b": 1.0}}, ["a"]),
+    ],
+    ids=["flat", "mixed", "haiku", "module", "root", "nothing before the dot"],
+)
+def test_layers_of_flat_names(tree, layers):
+    tree = jax.tree.map(jnp.asarray, tree)
+    clip = oc.clip_by_group_norm(10.0)
+    _, state = clip.update(tree, clip.init(tree))
+    seen = oc.summary(state, tree)
+    assert state.norms.shape == (len(layers),)
+    found = {name.removeprefix("clip/norm/") for name in seen if "/norm/" in name}
+    assert found == set(layers)
+
+
+def test_layers_of_flat_names_are_clipped_apart():
+    sizes = {"l1.weight": 30.0, "l1.bias": 40.0, "l2.weight": 3.0, "l2.bias": 4.0}
+    grads = {name: jnp.array([size]) for name, size in sizes.items()}
+    clipped, _ = oc.clip_by_group_norm(5.0).update(grads, None)
+    found = {name: round(float(x[0]), 5) for name, x in clipped.items()}
+    assert found == {"l1.weight": 3, "l1.bias": 4, "l2.weight": 3, "l2.bias": 4}

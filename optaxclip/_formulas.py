@@ -11,7 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _names, _paths, _reduce, _scopes, _splits, _stacks, _units
+from optaxclip import (
+    _leaves,
+    _names,
+    _paths,
+    _reduce,
+    _scopes,
+    _splits,
+    _stacks,
+    _units,
+)
 
 Axis = int | tuple[int, ...]
 Axes = Axis | Mapping[str, Axis] | None
@@ -39,6 +48,7 @@ def leaf_norms(
 
 
 def leaf_rms(updates: Any, splits: _splits.Splits) -> _scopes.Plain:
+    _leaves.check_dense(updates, "a root mean square")
     plain = leaf_norms(updates, splits)
     roots = jnp.sqrt(jnp.asarray(sizes(updates, splits), plain.norms.dtype))
     return plain._replace(
@@ -142,6 +152,7 @@ def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:
 def unit_norms(
     updates: Any, splits: _splits.Splits, *, ord: float = 2, axis: Axes = None
 ) -> _scopes.Plain:
+    _leaves.check_dense(updates, "a norm of units")
     leaves, paths = jax.tree.leaves(updates), _paths.paths(updates)
     stacks = _stacks.of(updates, splits)
     axes: list[Axis | None] = [None if isinstance(axis, Mapping) else axis] * len(

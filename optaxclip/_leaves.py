@@ -5,6 +5,7 @@ update tree may hold (integers, booleans, float0, PRNG keys, None, ``optax.Maske
 passes through. Arithmetic is in float32, or in float64 where any leaf is.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -75,15 +76,28 @@ def flatten(tree: Any, abstract: bool = False) -> Leaves:
       abstract: accept ``jax.ShapeDtypeStruct``, as an ``init`` does.
 
     Raises:
-      TypeError: a leaf is neither a number nor an array of numbers.
+      TypeError: a leaf is neither a number nor an array of numbers, or is a sparse one
+        in which an entry may be there twice.
     """
     leaves, treedef = jax.tree.flatten(tree)
     for position, leaf in enumerate(leaves):
         if not _is_numeric(leaf) or (_is_abstract(leaf) and not abstract):
             raise TypeError(_unfit(leaf, _paths.paths(tree)[position]))
+    for path, array in _sparse(tree):
+        if not getattr(array, "unique_indices", False):
+            raise TypeError(_repeated(array, path))
     counted = [i for i, leaf in enumerate(leaves) if _counts(leaf)]
     double = any(_dtype(leaves[i]) in (jnp.float64, jnp.complex128) for i in counted)
     return Leaves(leaves, counted, treedef, jnp.float64 if double else jnp.float32)
+
+
+def check_dense(tree: Any, what: str) -> None:
+    """Raises where a leaf is sparse, for what depends on the shape of the whole."""
+    for path, array in _sparse(tree):
+        raise TypeError(
+            f"Expected dense arrays for {what}, got {type(array).__name__} at {path!r}."
+            " Call `.todense()`."
+        )
 
 
 def widen(leaf: Any, dtype: Any) -> jax.Array:
@@ -106,7 +120,11 @@ def _dtype(leaf: Any) -> Any:
     """Python numbers count as float32 and complex64, whatever their width in Python."""
     if isinstance(leaf, complex | float) and not isinstance(leaf, np.generic):
         return jnp.dtype(jnp.float32 if isinstance(leaf, float) else jnp.complex64)
-    return jnp.result_type(leaf) if isinstance(leaf, bool | int) else leaf.dtype
+    if isinstance(leaf, bool | int):
+        return jnp.result_type(leaf)
+    if isinstance(leaf.dtype, np.dtype):  # as JAX takes NumPy's float64 without x64
+        return jax.dtypes.canonicalize_dtype(leaf.dtype)
+    return leaf.dtype
 
 
 def _counts(leaf: Any) -> bool:
@@ -120,12 +138,30 @@ def _is_abstract(leaf: Any) -> bool:
 def _is_numeric(leaf: Any) -> bool:
     if isinstance(leaf, bool | int | float | complex):
         return True
+    if not (_is_abstract(leaf) or hasattr(leaf, "__array__")):
+        return False
     kind = getattr(leaf, "dtype", None)
     return hasattr(leaf, "shape") and kind is not None and _fits_in_jax(kind)
 
 
 def _fits_in_jax(dtype: Any) -> bool:
     return not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
+
+
+def _sparse(tree: Any) -> list[tuple[str, Any]]:
+    """Returns the sparse arrays of a tree, which are nodes of it, with their paths."""
+    module: Any = sys.modules.get("jax.experimental.sparse")
+    if module is None:
+        return []
+
+    def is_sparse(x: Any) -> bool:
+        return isinstance(x, module.JAXSparse)
+
+    every = jax.tree.leaves(tree, is_leaf=is_sparse)
+    if not any(map(is_sparse, every)):
+        return []
+    paths = _paths.paths(tree, is_leaf=is_sparse)
+    return [pair for pair in zip(paths, every, strict=True) if is_sparse(pair[1])]
 
 
 def _unfit(leaf: Any, path: str) -> str:
@@ -137,4 +173,12 @@ def _unfit(leaf: Any, path: str) -> str:
     return (
         f"Expected arrays or numbers as leaves, got {leaf!r} of type"
         f" {type(leaf).__name__} at {path!r}. Filter the tree to its arrays first."
+    )
+
+
+def _repeated(array: Any, path: str) -> str:
+    return (
+        f"Expected arrays as leaves, got {type(array).__name__} at {path!r}, a sparse"
+        " one that may hold an entry in several parts: their norm is another one. Call"
+        " `.todense()`, or of a BCOO `.sum_duplicates(nse=...)`."
     )

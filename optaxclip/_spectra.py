@@ -19,6 +19,7 @@ def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
     Raises:
       ValueError: one is split over devices.
     """
+    _leaves.check_dense(leaves.tree(leaves.counted), "singular values")
     for split, path in zip(_splits.splits(leaves), leaves.paths(), strict=True):
         if split.axes:
             raise ValueError(

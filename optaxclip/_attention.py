@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from optaxclip import _checks, _leaves, _multiply, _units
@@ -74,7 +75,7 @@ def qk_clip(
     _checks.number(alpha, "alpha")
     if isinstance(alpha, _checks.STATIC) and alpha > 1:
         raise ValueError(f"Expected 0 <= alpha <= 1, got {alpha}.")
-    if jnp.ndim(max_logits) == 0:
+    if np.ndim(max_logits) == 0:
         raise ValueError(
             "Expected `max_logits` with one logit per head, shape (heads,), got an"
             " array of shape ()."

@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _moments
+from optaxclip import (
+    _checks,
+    _infinity,
+    _mistakes,
+    _moments,
+)
 
 
 class MeanState(NamedTuple):
@@ -41,6 +46,7 @@ class MeanRmsState(NamedTuple):
     rms: Any
 
 
+@_mistakes.makes_rule
 def relative_to_mean(
     ratio: ArrayLike = 1.05,
     decay: ArrayLike = 0.98,
@@ -112,6 +118,7 @@ def relative_to_mean(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@_mistakes.makes_rule
 def within_band(
     low: ArrayLike, high: ArrayLike, decay: ArrayLike = 0.98
 ) -> optax.GradientTransformationExtraArgs:
@@ -172,6 +179,7 @@ def within_band(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@_mistakes.makes_rule
 def mean_over_rms(
     mean_decay: ArrayLike = 0.7, rms_decay: ArrayLike = 0.9
 ) -> optax.GradientTransformationExtraArgs:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import optax
 
+from optaxclip import _mistakes
+
 THRESHOLD = "a number, a schedule, a rule, or a mapping from path patterns to those"
 STATIC = (int, float, np.generic, np.ndarray)  # numbers known without running anything
 
@@ -79,7 +81,13 @@ def threshold(value: Any, what: str, minimum: float = 0.0) -> None:
     """Raises unless ``value`` is a number, a schedule, a rule or maps to those."""
     if isinstance(value, Mapping):
         mapping(value, what, functools.partial(threshold, minimum=minimum))
-    elif not isinstance(value, optax.GradientTransformation) and not callable(value):
+    elif isinstance(value, optax.GradientTransformation):
+        _mistakes.rule(value, what)
+    elif callable(value):
+        _mistakes.uncalled(value, what, THRESHOLD)
+        if minimum == 0:
+            _mistakes.schedule(value, what)
+    else:
         number(value, what, minimum, kinds=THRESHOLD)
 
 
@@ -110,7 +118,8 @@ def state(value: Any, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
         raise TypeError(
             f"Expected a state of type {kind.__name__}, got {type(value).__name__}: it"
-            " belongs to another clip. Call `state = clip.init(params)`."
+            " belongs to another clip. Call `state = clip.init(params)`, and"
+            " `clip.update(updates, state, params)` in this order."
         )
 
 
@@ -136,8 +145,9 @@ def rule(value: Any, what: str) -> optax.GradientTransformation:
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"Expected {what} to wrap a rule, an `optax.GradientTransformation` on"
-            f" norms, got {value!r} of type {type(value).__name__}."
+            f" norms, got {_came(value)}"
         )
+    _mistakes.rule(value, f"what {what} wraps")
     return value
 
 
@@ -148,11 +158,18 @@ def transformation(
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"Expected `{what}` to be a transformation, such as `{example}`, got"
-            f" {value!r} of type {type(value).__name__}."
+            f" {_came(value)}"
         )
     return optax.with_extra_args_support(value)
 
 
+def _came(value: Any) -> str:
+    return _mistakes.itself(value) or f"{value!r} of type {type(value).__name__}."
+
+
 def _unfit(value: Any, what: str, kinds: str, remedy: str) -> str:
     kind = type(value).__name__
-    return f"Expected {what} to be {kinds}, got {value!r} of type {kind}.{remedy}"
+    if isinstance(value, optax.GradientTransformation):
+        return f"Expected {what} to be {kinds}, got a {kind}. {_mistakes.CHAIN}"
+    came = _mistakes.itself(value) or f"{value!r} of type {kind}.{remedy}"
+    return f"Expected {what} to be {kinds}, got {came}"

@@ -7,11 +7,19 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _own_norms, factors, norms
+from optaxclip import (
+    _checks,
+    _leaves,
+    _mistakes,
+    _own_norms,
+    factors,
+    norms,
+)
 from optaxclip._engine import Threshold, clip_by
 from optaxclip._multiply import multiplied, scope_factors
 
 
+@_mistakes.at_most(1, _mistakes.ONCE)
 def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:
     r"""Rescales all updates together so that their global norm is at most ``max_norm``.
 
@@ -55,6 +63,7 @@ def clip_by_global_norm(max_norm: Threshold) -> optax.GradientTransformationExtr
     return clip_by(norms.global_norm, max_norm)
 
 
+@_mistakes.at_most(1, _mistakes.ONCE)
 def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraArgs:
     r"""Rescales every leaf so that its own L2 norm is at most ``max_norm``.
 
@@ -87,6 +96,7 @@ def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraA
     return clip_by(norms.leaf_norms, max_norm)
 
 
+@_mistakes.at_most(2, _mistakes.ONCE)
 def clip_by_group_norm(
     max_norm: Threshold, labels: norms.Labels = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,6 +136,7 @@ def clip_by_group_norm(
     return clip_by(norms.group_norms(labels), max_norm)
 
 
+@_mistakes.at_most(1, _mistakes.ONCE)
 def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtraArgs:
     r"""Rescales every leaf so that its root mean square is at most ``threshold``.
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from optaxclip import _mistakes
+
 
 def told(
     fun: Any, context: Any, value: Any, check: Callable[[Any], None], name: str
@@ -37,7 +39,7 @@ def told(
         return optax.GradientTransformationExtraArgs(
             within(inner.init), within(inner.update)
         )
-    if not callable(fun):
+    if not callable(fun) or _mistakes.makes(fun):
         raise TypeError(_unfit(fun, name))
     return within(fun)
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _engine, _values, norms
+from optaxclip import _checks, _engine, _mistakes, _values, norms
 from optaxclip._cotangent_stats import CotangentStats, seen_by, spread
 
 
+@_mistakes.at_most(2, _values.PAIR)
 def clip_cotangent(
     x: Any,
     limit: _values.Range,
@@ -56,6 +57,7 @@ def clip_cotangent(
       Graves, `Generating Sequences With Recurrent Neural Networks
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
+    _check_arrays(x)
     _values.check_range(limit, "limit")
     ends = tuple(limit) if isinstance(limit, tuple | list) else limit
     ends = jax.tree.map(_as_float, ends)
@@ -99,6 +101,7 @@ def clip_cotangent_norm(
       [[0.6 0.8]
        [0.6 0. ]]
     """
+    _check_arrays(x)
     _checks.number(max_norm, "max_norm")
     norm: Any = norms.global_norm
     if axis is not None:
@@ -108,6 +111,7 @@ def clip_cotangent_norm(
     return _tapped(x, _as_float(max_norm), spread(stats, x), clip)
 
 
+@_mistakes.at_most(2, _values.PAIR)
 def clip_preactivation(
     activation: Callable[[jax.Array], jax.Array], limit: _values.Range
 ) -> Callable[[jax.Array], jax.Array]:
@@ -180,6 +184,14 @@ def _tapped_bwd(clip: Any, residuals: Any, cotangent: Any) -> tuple[Any, Any, An
 
 
 _tapped.defvjp(_tapped_fwd, _tapped_bwd)
+
+
+def _check_arrays(x: Any) -> None:
+    if callable(x) and jax.tree.structure(x) == jax.tree.structure(0):
+        raise TypeError(
+            f"Expected an array, or a tree of arrays, got {x!r}. For the input of a"
+            " function take `clip_preactivation(activation, limit)`."
+        )
 
 
 def _as_float(limit: ArrayLike) -> jax.Array:

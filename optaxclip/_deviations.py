@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _moments
+from optaxclip import (
+    _checks,
+    _infinity,
+    _mistakes,
+    _moments,
+)
 
 
 class MeanStdState(NamedTuple):
@@ -42,6 +47,7 @@ class WindowState(NamedTuple):
     last_norms: Any
 
 
+@_mistakes.makes_rule
 def mean_plus_std(
     num_std: ArrayLike,
     *,

@@ -15,6 +15,7 @@ from optaxclip import (
     _checks,
     _leaves,
     _limits,
+    _mistakes,
     _multiply,
     _scopes,
     _state,
@@ -92,6 +93,8 @@ def clip_by(
             "Expected functions `clip_by(norm, threshold, factor)`, got"
             f" norm={norm!r}, factor={factor!r}."
         )
+    _mistakes.norm(norm)
+    _mistakes.factor(factor)
     formula = norms.formula(norm)
 
     def init_fn(params: optax.Params) -> ClipState:

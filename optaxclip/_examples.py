@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _leaves, _limits, _mesh, _scopes, _splits, _units, norms
+from optaxclip import (
+    _checks,
+    _leaves,
+    _limits,
+    _mesh,
+    _mistakes,
+    _scopes,
+    _splits,
+    _units,
+    norms,
+)
 from optaxclip._multiply import Factor, scope_factors, total
 
 MaxNorm = ArrayLike | Mapping[str, ArrayLike]
@@ -209,8 +219,9 @@ def check(rule: Rule, max_norm: Any, microbatch_size: Any = None) -> None:
         _checks.mapping(max_norm, "max_norm", _checks.number)
     else:
         _checks.number(max_norm, "max_norm")
-    _checks.function(rule.factor, "factor")
-    if not norms.is_partition(_checks.function(rule.norm, "norm")):
+    _mistakes.factor(_checks.function(rule.factor, "factor"))
+    _mistakes.norm(_checks.function(rule.norm, "norm"))
+    if not norms.is_partition(rule.norm):
         raise ValueError(
             "Expected an L2 norm in which every leaf counts once, `norms.global_norm`,"
             f" `norms.leaf_norms` or `norms.group_norms()`, got {rule.norm!r}: it would"

@@ -70,6 +70,12 @@ def group_norms(
     updates: Any, splits: _splits.Splits, *, labels: Labels, ord: float
 ) -> _scopes.Plain:
     groups = _labels(updates, labels)
+    for position, label in enumerate(groups):
+        if isinstance(label, jax.Array) or not isinstance(label, Hashable):
+            raise TypeError(
+                f"Expected labels such as strings, got {label!r} of type"
+                f" {type(label).__name__} at {_paths.paths(updates)[position]!r}."
+            )
     layers = groups if labels is None else ()
     names = {layer: str(layer) or _names.ROOT for layer in layers}
     return _norms_of(groups, updates, splits, ord, names)

@@ -18,6 +18,7 @@ from optaxclip import (
     _leaves,
     _limits,
     _mesh,
+    _mistakes,
     _scopes,
     _units,
     norms,
@@ -174,7 +175,9 @@ def skip_if_spike(
     """
     lowest = 0.0 if norm is not None else -jnp.inf  # losses may be negative
     _checks.threshold(threshold, "threshold", lowest)
-    formula = None if norm is None else norms.formula(_checks.function(norm, "norm"))
+    if norm is not None:
+        _mistakes.norm(_checks.function(norm, "norm"))
+    formula = None if norm is None else norms.formula(norm)
     limit = _by_the_past(threshold)
 
     def measure(leaves: _leaves.Leaves, extra_args: Any) -> _scopes.Measured:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _formulas, _leaves, _splits, _sums
+from optaxclip import _checks, _formulas, _leaves, _mistakes, _splits, _sums
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -24,6 +24,7 @@ class ZeroNonfiniteState(NamedTuple):
     zeroed_elements: jax.Array
 
 
+@_mistakes.at_most(0, f"It wraps nothing. {_mistakes.CHAIN}")
 def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
     """Replaces every NaN and infinity by 0, and counts them.
 

@@ -81,7 +81,7 @@ def flatten(tree: Any, abstract: bool = False) -> Leaves:
     """
     leaves, treedef = jax.tree.flatten(tree)
     for position, leaf in enumerate(leaves):
-        if not _is_numeric(leaf) or (_is_abstract(leaf) and not abstract):
+        if not is_numeric(leaf) or (_is_abstract(leaf) and not abstract):
             raise TypeError(_unfit(leaf, _paths.paths(tree)[position]))
     for path, array in _sparse(tree):
         if not getattr(array, "unique_indices", False):
@@ -98,6 +98,16 @@ def check_dense(tree: Any, what: str) -> None:
             f"Expected dense arrays for {what}, got {type(array).__name__} at {path!r}."
             " Call `.todense()`."
         )
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Returns whether it is a number or an array of numbers."""
+    if isinstance(leaf, bool | int | float | complex):
+        return True
+    if not (_is_abstract(leaf) or hasattr(leaf, "__array__")):
+        return False
+    kind = getattr(leaf, "dtype", None)
+    return hasattr(leaf, "shape") and kind is not None and _fits_in_jax(kind)
 
 
 def widen(leaf: Any, dtype: Any) -> jax.Array:
@@ -133,15 +143,6 @@ def _counts(leaf: Any) -> bool:
 
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_numeric(leaf: Any) -> bool:
-    if isinstance(leaf, bool | int | float | complex):
-        return True
-    if not (_is_abstract(leaf) or hasattr(leaf, "__array__")):
-        return False
-    kind = getattr(leaf, "dtype", None)
-    return hasattr(leaf, "shape") and kind is not None and _fits_in_jax(kind)
 
 
 def _fits_in_jax(dtype: Any) -> bool:

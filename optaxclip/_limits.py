@@ -10,7 +10,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _paths
+from optaxclip import (
+    _checks,
+    _infinity,
+    _paths,
+)
 from optaxclip._leaves import Leaves
 from optaxclip._scopes import Measured
 from optaxclip._units import EVERYTHING, Packed, Scope, Units, joined
@@ -236,12 +240,9 @@ def _scalar(entry: Any, count: jax.Array, dtype: Any) -> jax.Array:
         return jnp.full((), largest, dtype)  # a rule for none of these scopes
     if isinstance(entry, _checks.STATIC):
         return jnp.asarray(min(float(entry), largest), dtype)
-    limit = jnp.asarray(entry(count) if callable(entry) else entry)
-    if limit.shape != ():
-        raise ValueError(
-            f"Expected a schedule that returns a scalar, got shape {limit.shape}."
-        )
-    return limit.astype(dtype)
+    limit = entry(count) if callable(entry) else entry
+    _checks.number(limit, "what the schedule returns", minimum=-jnp.inf)
+    return jnp.asarray(limit).astype(dtype)
 
 
 def _is_schedule(entry: Any) -> bool:

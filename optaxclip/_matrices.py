@@ -10,6 +10,7 @@ from optaxclip import (
     _checks,
     _engine,
     _leaves,
+    _mistakes,
     _multiply,
     _reduce,
     _spectra,
@@ -20,6 +21,7 @@ from optaxclip import (
 )
 
 
+@_mistakes.at_most(1, _mistakes.ONCE)
 def clip_singular_values(
     max_value: _engine.Threshold,
 ) -> optax.GradientTransformationExtraArgs:

@@ -77,6 +77,12 @@ def _rest(
     down = jnp.where(max_norm * power > large, 2.0 ** -(info.maxexp // 2), one)
     scaled = jnp.minimum((max_norm * down * root) * (power * root), info.max)
     rest = factor(jnp.where(norm == 0, 1, norm * down), scaled)
+    if not _leaves.is_numeric(rest) or jnp.shape(rest) not in ((), norm.shape):
+        raise TypeError(
+            f"Expected a factor that returns an array like the norms, {norm}, got"
+            f" {rest!r}. Use `factors.rescale` or another function of norms and"
+            " thresholds."
+        )
     rest = jnp.where((norm == 0) | _infinity.is_infinite(max_norm), 1, rest)
     # NaN where the norm is not finite. A division comes last because the compiler
     # repeats anything cheaper in the kernel of every leaf.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _names, _paths, _reduce, _splits, _stacks, _sums
-from optaxclip._leaves import Leaves
+from optaxclip._leaves import Leaves, is_numeric
 from optaxclip._scopes import Measured, Norm, Plain, unscaled
 from optaxclip._units import EVERYTHING, Packed, Scope, joined
 
@@ -33,7 +33,7 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
         return [_names.of_layer(x and x.path, *layer) for x, layer in pairs]
 
     treedef, stacks = jax.tree.structure(updates), _stacks.of(updates, splits)
-    norms = norm(updates)
+    norms = _numbers(norm(updates))
     _sums.check_same_everywhere(norms, splits)
     found = _sorted(norms, treedef, stacks)
     return Plain(found.norms, found.scopes, scaled, names=every_name)
@@ -42,9 +42,20 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
 def given(norms: Any, leaves: Leaves) -> Measured:
     """Sorts norms that somebody else measured by scope."""
     holes = jax.tree.structure(leaves.tree(leaves.counted))
-    found = _sorted(norms, holes, _stacks.of_leaves(leaves))
+    found = _sorted(_numbers(norms), holes, _stacks.of_leaves(leaves))
     plain = Plain(found.norms, found.scopes, lambda scale: found.norms)
     return unscaled(plain, leaves.dtype)
+
+
+def _numbers(norms: Any) -> Any:
+    for some in jax.tree.leaves(norms):
+        if not is_numeric(some):
+            raise TypeError(
+                f"Expected norms that are numbers, got {some!r} of type"
+                f" {type(some).__name__}. A norm is a function of updates that returns"
+                " them: `norms.leaf_norms`, or what `norms.group_norms()` returns."
+            )
+    return norms
 
 
 class _Sorted(NamedTuple):

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _moments
+from optaxclip import (
+    _checks,
+    _infinity,
+    _mistakes,
+    _moments,
+)
 
 
 class RankedState(NamedTuple):
@@ -29,6 +34,7 @@ class RankedState(NamedTuple):
     ranked_norms: Any
 
 
+@_mistakes.makes_rule
 def window_percentile(
     q: ArrayLike, window: int
 ) -> optax.GradientTransformationExtraArgs:
@@ -119,6 +125,7 @@ class QuantileState(NamedTuple):
     next_max_norms: Any
 
 
+@_mistakes.makes_rule
 def streaming_quantile(
     quantile: ArrayLike = 0.5,
     learning_rate: ArrayLike = 0.2,

@@ -16,12 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from optaxclip import (
-    _infinity,
-    _mesh,
-    _names,
-    _splits,
-)
+from optaxclip import _infinity, _mesh, _names, _splits
 from optaxclip._leaves import Leaves
 from optaxclip._units import EVERYTHING, Packed, Scope
 

@@ -12,6 +12,7 @@ from optaxclip import (
     _checks,
     _engine,
     _leaves,
+    _mistakes,
     _reduce,
     _spectra,
     _state,
@@ -35,6 +36,7 @@ class SpectralNormState(NamedTuple):
     rule_state: Any
 
 
+@_mistakes.at_most(2, _mistakes.ONCE)
 def clip_by_spectral_norm(
     max_norm: _engine.Threshold, num_steps: ArrayLike = 4
 ) -> optax.GradientTransformationExtraArgs:

@@ -149,7 +149,7 @@ def types_are_kept() -> bool:
 
 def _by_path(specs: Any) -> Specs:
     found, _ = jax.tree.flatten(specs, is_leaf=_is_spec)
-    for spec in found:
+    for spec in [None] if specs is None else found:
         if not _is_spec(spec):
             raise TypeError(
                 "Expected `specs` to be a tree of jax.sharding.PartitionSpec, got"

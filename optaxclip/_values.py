@@ -5,25 +5,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from optaxclip import (
     _checks,
+    _elements,
     _formulas,
-    _infinity,
     _leaves,
+    _mistakes,
     _names,
     _paths,
     _reduce,
     _scopes,
-    _splits,
     _sums,
 )
 
 Range = ArrayLike | tuple[ArrayLike, ArrayLike]
 Limit = Range | Callable[[Any], Range] | Mapping[str, Range | Callable[[Any], Range]]
+
+PAIR = "A range is one argument, a pair: `(-0.5, 0.5)`."
 
 
 class ClipByValueState(NamedTuple):
@@ -44,6 +45,7 @@ class ClipByValueState(NamedTuple):
     scope_ids: jax.Array
 
 
+@_mistakes.at_most(1, PAIR)
 def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     r"""Clips every element of the updates into a range.
 
@@ -118,42 +120,24 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
                 )
         now = None if old is None else old.update_count
         bounds = {
-            key: _bounds(entry(now) if callable(entry) else entry, leaves.dtype)
+            key: _bounds(_at(now, entry), leaves.dtype)
             for key, entry in {id(entry): entry for entry in entries}.items()
         }
-        clipped = [
-            clamped(leaves.leaves[i], bounds[id(entry)], leaves.dtype, path)
-            for i, entry, path in zip(
-                leaves.counted, entries, leaves.paths(), strict=True
-            )
-        ]
+        every = [bounds[id(entry)] for entry in entries]
+        counted = [leaves.leaves[i] for i in leaves.counted]
+        if old is not None:
+            largest, fractions, counted = _elements.seen(leaves, every)
+            count = jnp.asarray(optax.safe_increment(old.update_count))
+            state = ClipByValueState(count, largest, fractions, old.scope_ids)
+        rows = zip(counted, every, leaves.paths(), strict=True)
+        clipped = [clamped(x, some, leaves.dtype, path) for x, some, path in rows]
         endless = frozenset(i for i, x in enumerate(entries) if _checks.is_endless(x))
-        updates = leaves.replaced(clipped, endless)
-        return updates, state if old is None else _after(old, leaves, updates)
+        return leaves.replaced(clipped, endless), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _after(
-    state: ClipByValueState, leaves: _leaves.Leaves, updates: Any
-) -> ClipByValueState:
-    """Returns the state after a step that made the leaves what the updates are."""
-    new = jax.tree.leaves(updates)
-    pairs = [(jnp.asarray(leaves.leaves[i]), new[i]) for i in leaves.counted]
-    # A NaN is what it was.
-    changed = [((a != b) & (b == b)).astype(leaves.dtype) for b, a in pairs]
-    splits = _splits.splits(leaves)
-    counts = _formulas.leaf_norms(leaves.tree(changed), splits, ord=1).norms
-    sizes = _formulas.sizes(leaves.tree(changed), splits)
-    largest = _formulas.leaf_norms(leaves.tree(leaves.measured()), splits, ord=jnp.inf)
-    return ClipByValueState(
-        jnp.asarray(optax.safe_increment(state.update_count)),
-        _infinity.kept(largest.norms.astype(state.largest.dtype)),
-        (counts / np.array(sizes, leaves.dtype)).astype(state.largest.dtype),
-        state.scope_ids,
-    )
-
-
+@_mistakes.at_most(1, PAIR)
 def clip(max_delta: Limit) -> optax.GradientTransformationExtraArgs:
     """Clips every element into [-max_delta, max_delta]: :func:`clip_by_value`.
 
@@ -175,6 +159,15 @@ def _entries(limit: Limit, leaves: _leaves.Leaves) -> list[Any]:
     return [
         limit[pattern] for pattern in _paths.cover(limit, leaves.paths(), "`limit`")
     ]
+
+
+def _at(count: Any, limit: Any) -> Any:
+    if not callable(limit):
+        return limit
+    now = limit(count)
+    if not hasattr(now, "shape"):
+        check_range(now, "what the schedule returns")
+    return now
 
 
 def _bounds(limit: Any, dtype: Any) -> tuple[jax.Array, ...]:
@@ -227,14 +220,19 @@ def _by_modulus(z: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _check(limit: Any, what: str) -> None:
     if isinstance(limit, Mapping):
         _checks.mapping(limit, what, _check)
-    elif not callable(limit):
+    elif callable(limit):
+        _mistakes.uncalled(limit, what, "a number, a pair (low, high) or a schedule")
+        _mistakes.schedule(limit, what)
+    else:
         check_range(limit, what)
 
 
 def check_range(limit: Any, what: str) -> None:
     """Raises unless ``limit`` is a number or a pair of numbers around 0."""
-    if not isinstance(limit, tuple | list):
-        _checks.number(limit, what, kinds="a number or a pair (low, high)")
+    is_rule = isinstance(limit, optax.GradientTransformation)  # a tuple, too
+    if is_rule or not isinstance(limit, tuple | list):
+        kinds, remedy = "a number or a pair (low, high)", f"{_checks.OFF} {PAIR}"
+        _checks.number(limit, what, kinds=kinds, remedy=remedy)
         return
     if len(limit) != 2:
         raise ValueError(f"Expected {what} to be a pair (low, high), got {limit}.")

@@ -189,5 +189,9 @@ def adaptive_grad_clip(
     _checks.number(clipping, "clipping")
     norm = functools.partial(norms.unit_norms, axis=axis)
     rule = thresholds.relative_to_params(clipping, norm, eps)
+    if not isinstance(exclude, str | list | tuple):
+        raise TypeError(
+            f"Expected `exclude` to be a path pattern or several, got {exclude!r}."
+        )
     never = dict.fromkeys([exclude] if isinstance(exclude, str) else exclude, jnp.inf)
     return _engine.clip_by(norm, {"**": rule, **never} if never else rule)

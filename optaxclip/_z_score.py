@@ -6,10 +6,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _moments
+from optaxclip import (
+    _checks,
+    _infinity,
+    _mistakes,
+    _moments,
+)
 from optaxclip._deviations import MeanStdState, fresh
 
 
+@_mistakes.makes_rule
 def z_score(
     z_threshold: ArrayLike = 2.5,
     decay: ArrayLike = 0.97,

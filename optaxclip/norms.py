@@ -19,7 +19,15 @@ from typing import Any
 
 import jax
 
-from optaxclip import _formulas, _leaves, _own_norms, _scopes, _splits, _units
+from optaxclip import (
+    _formulas,
+    _leaves,
+    _mistakes,
+    _own_norms,
+    _scopes,
+    _splits,
+    _units,
+)
 
 Axes = _formulas.Axes
 Labels = _formulas.Labels
@@ -151,6 +159,7 @@ def excluding(norm: _scopes.Norm, exclude: str | Sequence[str]) -> _scopes.Norm:
     """
     if not callable(norm):
         raise TypeError(f"Expected `excluding(norm, exclude)`, got norm={norm!r}.")
+    _mistakes.norm(norm)
     if not isinstance(exclude, str | list | tuple):
         raise TypeError(
             f"Expected `exclude` to be a path pattern or several, got {exclude!r}."

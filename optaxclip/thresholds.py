@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _leaves, _scopes, norms
+from optaxclip import (
+    _checks,
+    _infinity,
+    _leaves,
+    _mistakes,
+    _scopes,
+    norms,
+)
 from optaxclip._averages import (
     MeanRmsState as MeanRmsState,
     MeanState as MeanState,
@@ -49,6 +56,7 @@ class LaggedState(NamedTuple):
     rule_state: Any
 
 
+@_mistakes.makes_rule
 def relative_to_params(
     ratio: ArrayLike, norm: _scopes.Norm, eps: ArrayLike = 1e-3
 ) -> optax.GradientTransformationExtraArgs:
@@ -81,7 +89,8 @@ def relative_to_params(
     """
     _checks.number(ratio, "ratio")
     _checks.number(eps, "eps")
-    formula = norms.formula(_checks.function(norm, "norm"))
+    _mistakes.norm(_checks.function(norm, "norm"))
+    formula = norms.formula(norm)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         del extra_args
@@ -109,6 +118,7 @@ def relative_to_params(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
+@_mistakes.makes_rule
 def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Allows by the steps before this one: a spike must not raise its own threshold.
 
@@ -142,6 +152,7 @@ def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+@_mistakes.makes_rule
 def clipped_history(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

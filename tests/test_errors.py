@@ -399,14 +399,6 @@ def test_a_norm_that_is_no_prefix_of_the_updates_raises():
         update(clip, TREE)
 
 
-@pytest.mark.parametrize("rule", [optax.ema, thresholds.lagged], ids=["ema", "lagged"])
-def test_a_rule_factory_that_was_not_called_raises(rule):
-    # `optax.ema` is callable like a schedule, but gives no number.
-    clip = oc.clip_by(norms.global_norm, rule)
-    with pytest.raises((TypeError, ValueError)):
-        update(clip, TREE)
-
-
 @pytest.mark.parametrize("wrapper", [thresholds.lagged, thresholds.clipped_history])
 def test_a_history_is_made_of_a_rule(wrapper):
     with pytest.raises(TypeError, match="GradientTransformation"):

@@ -96,6 +96,18 @@ def is_endless(value: Any) -> bool:
     return isinstance(value, STATIC) and float(value) == math.inf
 
 
+def not_off(value: Any) -> None:
+    """Warns of a number 0, which elsewhere means no clipping, and here no updates.
+
+    A traced one, a schedule and an entry of a mapping may be 0 silently.
+    """
+    if isinstance(value, STATIC) and np.ndim(value) == 0 and value == 0:
+        _mistakes.warn(
+            "Got a threshold of 0, which makes all updates zero. To switch a clip off,"
+            " use `jnp.inf`; for zeros on purpose, `optax.set_to_zero()`."
+        )
+
+
 def mapping(
     value: Mapping[Any, Any], what: str, check: Callable[[Any, str], None]
 ) -> None:

@@ -243,6 +243,7 @@ def clip_with_norm(
       [0.6 0.8]
     """
     _checks.number(max_norm, "max_norm")
+    _checks.not_off(max_norm)
     leaves = _leaves.flatten(updates)
     measured = _own_norms.given(norm, leaves)
     limit = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)

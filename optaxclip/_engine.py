@@ -93,6 +93,7 @@ def clip_by(
             "Expected functions `clip_by(norm, threshold, factor)`, got"
             f" norm={norm!r}, factor={factor!r}."
         )
+    _checks.not_off(threshold)
     _mistakes.norm(norm)
     _mistakes.factor(factor)
     formula = norms.formula(norm)

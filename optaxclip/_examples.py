@@ -219,6 +219,7 @@ def check(rule: Rule, max_norm: Any, microbatch_size: Any = None) -> None:
         _checks.mapping(max_norm, "max_norm", _checks.number)
     else:
         _checks.number(max_norm, "max_norm")
+        _checks.not_off(max_norm)
     _mistakes.factor(_checks.function(rule.factor, "factor"))
     _mistakes.norm(_checks.function(rule.norm, "norm"))
     if not norms.is_partition(rule.norm):

@@ -76,6 +76,7 @@ def clip_singular_values(
       <https://arxiv.org/abs/2605.11838>`_, both 2026
     """
     _checks.threshold(max_value, "max_value")
+    _checks.not_off(max_value)
 
     def init_fn(params: optax.Params) -> _state.ClipState:
         leaves = _leaves.flatten(params, abstract=True)

@@ -5,6 +5,7 @@ Nothing here is asked at a step: all of it is known when a clip is built, or tra
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -187,6 +188,14 @@ def at_most(count: int, remedy: str) -> Callable[[Callable[_P, _R]], Callable[_P
         return checked
 
     return decorated
+
+
+def warn(text: str) -> None:
+    """Warns where this library was called from."""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_globals.get("__name__", "").startswith("optaxclip."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def _is_of(value: Any, package: str = "optaxclip") -> bool:

@@ -91,6 +91,7 @@ def clip_by_spectral_norm(
       <https://arxiv.org/abs/1802.05957>`_, 2018, for the iteration
     """
     _checks.threshold(max_norm, "max_norm")
+    _checks.not_off(max_norm)
     _check_steps(num_steps)
 
     def init_fn(params: optax.Params) -> _state.ClipState:

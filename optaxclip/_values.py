@@ -91,6 +91,7 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/1308.0850>`_, 2013
     """
     _check(limit, "limit")
+    _checks.not_off(limit)
 
     def init_fn(params: optax.Params) -> ClipByValueState:
         leaves = _leaves.flatten(params, abstract=True)

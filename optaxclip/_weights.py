@@ -187,6 +187,7 @@ def adaptive_grad_clip(
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
     _checks.number(clipping, "clipping")
+    _checks.not_off(clipping)
     norm = functools.partial(norms.unit_norms, axis=axis)
     rule = thresholds.relative_to_params(clipping, norm, eps)
     if not isinstance(exclude, str | list | tuple):

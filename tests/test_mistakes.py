@@ -449,6 +449,39 @@ def test_what_counts_arguments_keeps_its_signature(name):
 # Thresholds of 0, and below
 # --------------------------------------------------------------------------------------
 
+OFF = r"threshold of 0, which makes all updates zero.*`jnp\.inf`.*set_to_zero"
+ZERO = {
+    "clip_by_global_norm": oc.clip_by_global_norm,
+    "clip_by_leaf_norm": oc.clip_by_leaf_norm,
+    "clip_by_group_norm": oc.clip_by_group_norm,
+    "clip_by_block_rms": oc.clip_by_block_rms,
+    "clip_by_value": oc.clip_by_value,
+    "clip": oc.clip,
+    "clip_by": lambda x: oc.clip_by(norms.leaf_norms, x),
+    "adaptive_grad_clip": oc.adaptive_grad_clip,
+    "clip_singular_values": oc.clip_singular_values,
+    "clip_by_spectral_norm": oc.clip_by_spectral_norm,
+    "clip_with_norm": lambda x: oc.clip_with_norm(TREE, 5.0, x),
+    "per_example": lambda x: oc.per_example_clipped_grad(jnp.vdot, x),
+}
+
+
+@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("zero", [0, 0.0, np.float32(0)], ids=repr)
+def test_a_number_0_warns_once_that_it_is_not_off(name, zero):
+    with pytest.warns(UserWarning, match=OFF) as found:
+        ZERO[name](zero)
+    (warning,) = found
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize("make", [oc.clip_by_value, oc.clip_by_global_norm])
+def test_a_number_0_gives_zeros_all_the_same(make):
+    with pytest.warns(UserWarning, match=OFF):
+        clip = make(0.0)
+    clipped, _ = clip.update(TREE, None)
+    assert all((x == 0).all() for x in jax.tree.leaves(clipped))
+
 
 @pytest.mark.parametrize(
     "make",

@@ -47,7 +47,8 @@ def clip_singular_values(
       * The derivative at a fixed threshold is finite and right also where singular
         values are equal or zero, where that of a decomposition is not.
       * Under ``jit`` a matrix that is spread over devices is gathered; inside
-        ``shard_map`` it raises.
+        ``shard_map`` it raises. A stack may be split between its matrices there, by
+        :func:`over_axes`; the state is that of all devices.
 
     Args:
       max_value: largest singular value allowed, in the units of the updates; any
@@ -60,7 +61,7 @@ def clip_singular_values(
       factors what those were multiplied by.
 
     Raises:
-      TypeError, ValueError: see :func:`clip_by`; a leaf that is split over devices.
+      TypeError, ValueError: see :func:`clip_by`; a matrix that is split over devices.
 
     Examples:
       >>> clip = optaxclip.clip_singular_values(1.0)
@@ -88,13 +89,15 @@ def clip_singular_values(
     ) -> tuple[optax.Updates, Any]:
         leaves = _leaves.flatten(updates)
         _sums.check_summed(leaves, params)
+        axes = _spectra.axes(_spectra.splits(leaves))
         every = _spectra.matrices(leaves)
         spectra, units = [], []
         for x in every:
             scaled, unit = _spectra.scaled(jax.lax.stop_gradient(x))
             spectra.append(_decomposed(scaled))
             units.append(unit)
-        measured = _spectra.as_norms([s[..., None, :1] for _, s, _ in spectra], units)
+        largest = [s[..., None, :1] for _, s, _ in spectra]
+        measured = _spectra.as_norms(largest, units, axes)
         rule = _engine.Rule(max_value, factors.rescale)
         found = _engine.decided(rule, leaves, measured, state, params, extra_args)
         totals = jax.tree.map(_multiply.total, found.scales, found.rests)

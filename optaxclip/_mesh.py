@@ -6,7 +6,7 @@ pieces differ.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,15 +133,46 @@ def at_smallest(
     """
     names = tuple(sorted(axes))
     shape = jax.sharding.get_abstract_mesh().shape
-    device = jnp.zeros((), jnp.int32)
-    for name in names:
-        device = device * shape[name] + jax.lax.axis_index(name)
+    device = _index(names)
     key = jnp.where(jnp.isnan(key), -jnp.inf, key)
     is_best = key == jax.lax.pmin(key, names)
     last = math.prod(shape[name] for name in names)
     first = jax.lax.pmin(jnp.where(is_best, device, last), names)
     rows = jnp.where((device == first)[None], jnp.stack(values), 0)
     return list(jax.lax.psum(rows, names))
+
+
+def own_piece(
+    whole: jax.Array, shape: Sequence[int], dimensions: Sequence[Collection[str]]
+) -> jax.Array:
+    """Returns this device's piece of an array, given how each dimension is split."""
+    start = _start(shape, dimensions)
+    return jax.lax.dynamic_slice(vary_like(whole, *start), start, shape)
+
+
+def in_place(
+    piece: jax.Array, shape: Sequence[int], dimensions: Sequence[Collection[str]]
+) -> jax.Array:
+    """Returns a whole array with this device's piece in its place, and 0 elsewhere."""
+    start = _start(piece.shape, dimensions)
+    zeros = vary_like(jnp.zeros(shape, piece.dtype), piece, *start)
+    return jax.lax.dynamic_update_slice(zeros, vary_like(piece, *start), start)
+
+
+def _start(
+    shape: Sequence[int], dimensions: Sequence[Collection[str]]
+) -> list[jax.Array]:
+    every = [*dimensions, *[()] * len(shape)]  # those that no spec names are whole
+    return [size * _index(axes) for size, axes in zip(shape, every, strict=False)]
+
+
+def _index(axes: Collection[str]) -> jax.Array:
+    """Returns the place of this device among those along some mesh axes."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    index = jnp.zeros((), jnp.int32)
+    for axis in axes:
+        index = index * shape[axis] + jax.lax.axis_index(axis)
+    return index
 
 
 def _at_origin(part: jax.Array, axes: list[str]) -> jax.Array:

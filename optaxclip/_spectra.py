@@ -13,21 +13,36 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optaxclip import _leaves, _names, _scopes, _splits, _units
 
 
-def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
-    """Returns the counted leaves as stacks of matrices.
+def splits(leaves: _leaves.Leaves) -> _splits.Splits:
+    """Returns how the counted leaves are split over devices, between their matrices.
 
     Raises:
-      ValueError: one is split over devices.
+      ValueError: a matrix is split.
     """
-    _leaves.check_dense(leaves.tree(leaves.counted), "singular values")
-    for split, path in zip(_splits.splits(leaves), leaves.paths(), strict=True):
-        if split.axes:
+    found = _splits.splits(leaves)
+    every = zip(found, leaves.abstract(), leaves.paths(), strict=True)
+    for split, leaf, path in every:
+        of_matrix = range(max(len(leaf.shape) - 2, 0), len(leaf.shape))
+        is_known = split.dimensions is not None and len(leaf.shape) > 2
+        if split.axes and (not is_known or split.along(of_matrix)):
             raise ValueError(
                 f"Expected whole matrices, got {path!r} split over the mesh axes"
                 f" {sorted(split.axes)}: its singular values are not those of its"
                 ' pieces. Gather it, by `jax.lax.all_gather(..., to="invarying")`, or'
-                " clip under `jit`, outside of `shard_map`."
+                " clip under `jit`, outside of `shard_map`. For a stack that is split"
+                " between its matrices, say so by `optaxclip.over_axes(clip, specs)`."
             )
+    return found
+
+
+def axes(splits: _splits.Splits) -> _splits.Axes:
+    """Returns the mesh axes over which matrices differ."""
+    return frozenset[str]().union(*(split.axes for split in splits))
+
+
+def matrices(leaves: _leaves.Leaves) -> list[jax.Array]:
+    """Returns the counted leaves as stacks of matrices."""
+    _leaves.check_dense(leaves.tree(leaves.counted), "singular values")
     whole = [put_like(x, None) for x in leaves.measured()]
     return [x if x.ndim > 1 else x.reshape(-1, 1) for x in whole]
 
@@ -59,12 +74,16 @@ def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_finite, x, 0) / unit, jnp.where(is_finite, unit, jnp.nan)
 
 
-def as_norms(sizes: Sequence[jax.Array], units: Sequence[jax.Array]) -> Any:
+def as_norms(
+    sizes: Sequence[jax.Array],
+    units: Sequence[jax.Array],
+    axes: _splits.Axes = frozenset(),
+) -> Any:
     """Returns the sizes of matrices in their units, dimensions kept, as norms."""
     scopes = tuple((i,) for i in range(len(sizes)))
     norms = [x + 0 * unit for x, unit in zip(sizes, units, strict=True)]
     powers = [1 / jnp.where(jnp.isnan(unit), 1, unit) for unit in units]
-    return _scopes.Measured(_packed(norms), _packed(powers), scopes, frozenset())
+    return _scopes.Measured(_packed(norms), _packed(powers), scopes, axes)
 
 
 def zeros(leaves: _leaves.Leaves) -> Any:

@@ -12,9 +12,11 @@ from optaxclip import (
     _checks,
     _engine,
     _leaves,
+    _mesh,
     _mistakes,
     _reduce,
     _spectra,
+    _splits,
     _state,
     _sums,
     factors,
@@ -58,10 +60,12 @@ def clip_by_spectral_norm(
     overtakes another, the estimate was 7 % low for some updates.
 
     Guarantees: those of :func:`clip_by_leaf_norm`, for each matrix by itself; but
-    inside ``shard_map`` a leaf that is split over devices raises, and one that is
-    spread over explicit mesh axes is gathered. A step at which a matrix is zero, or has
-    a NaN or an infinity, leaves its vector as it was. The derivative takes the vector
-    for a constant, as it is at the maximum.
+    inside ``shard_map`` a matrix that is split over devices raises, and one that is
+    spread over explicit mesh axes is gathered. A stack may be split between its
+    matrices, by :func:`over_axes`: every device then has the state of all of them, for
+    a sum of their vectors over devices at each update. A step at which a matrix is
+    zero, or has a NaN or an infinity, leaves its vector as it was. The derivative takes
+    the vector for a constant, as it is at the maximum.
 
     Args:
       max_norm: largest spectral norm; any threshold of :func:`clip_by`. A rule with a
@@ -76,7 +80,7 @@ def clip_by_spectral_norm(
 
     Raises:
       TypeError, ValueError: see :func:`clip_by`; ``num_steps`` below 1; no state; a
-        leaf that is split over devices.
+        matrix that is split over devices.
 
     Examples:
       >>> clip = optaxclip.clip_by_spectral_norm(1.0)
@@ -98,7 +102,8 @@ def clip_by_spectral_norm(
         leaves = _leaves.flatten(params, abstract=True)
         zeros, names = _spectra.zeros(leaves), _spectra.names(leaves)
         state = _state.fresh(max_norm, zeros, leaves, names)
-        kept = SpectralNormState(_joined(_starts(leaves), leaves), state.rule_state)
+        starts = _starts(leaves, _spectra.splits(leaves))
+        kept = SpectralNormState(_joined(starts, leaves), state.rule_state)
         return state._replace(rule_state=kept)
 
     def update_fn(
@@ -107,17 +112,20 @@ def clip_by_spectral_norm(
         _checks.needed_state(state, _state.ClipState)
         leaves = _leaves.flatten(updates)
         _sums.check_summed(leaves, params)
+        splits = _spectra.splits(leaves)
         every = [_spectra.scaled(x) for x in _spectra.matrices(leaves)]
-        olds = _parts(state.rule_state, leaves)
+        olds = _parts(state.rule_state, leaves, splits)
         pairs = zip(every, olds, strict=True)
         vectors = [_longest(x, old, num_steps) for (x, _), old in pairs]
         triples = zip(every, vectors, strict=True)
         sizes = [_size(_times(x, v))[..., None] for (x, _), v in triples]
-        measured = _spectra.as_norms(sizes, [unit for _, unit in every])
+        units = [unit for _, unit in every]
+        measured = _spectra.as_norms(sizes, units, _spectra.axes(splits))
         own = state._replace(rule_state=state.rule_state.rule_state)
         rule = _engine.Rule(max_norm, factors.rescale)
         clipped, new = _engine.clipped(rule, leaves, measured, own, params, extra_args)
-        kept = SpectralNormState(_joined(vectors, leaves), new.rule_state)
+        whole = _of_all_devices(vectors, splits)
+        kept = SpectralNormState(_joined(whole, leaves), new.rule_state)
         return clipped, new._replace(rule_state=kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -137,8 +145,25 @@ def _start(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.broadcast_to(vector, (*x.shape[:-2], size)).astype(x.dtype)
 
 
-def _starts(leaves: _leaves.Leaves) -> list[jax.Array]:
-    return [_start(x) for x in leaves.abstract()]
+def _starts(leaves: _leaves.Leaves, splits: _splits.Splits) -> list[jax.Array]:
+    """Returns the first vectors of all leaves, also of what other devices have."""
+    pairs = zip(leaves.abstract(), splits, strict=True)
+    whole = [(split.whole_shape(x.shape), x.dtype) for x, split in pairs]
+    return [_start(jax.ShapeDtypeStruct(*some)) for some in whole]
+
+
+def _of_all_devices(
+    vectors: list[jax.Array], splits: _splits.Splits
+) -> list[jax.Array]:
+    """Returns vectors of which each device has those of its own matrices, whole."""
+    axes = [split.axes for split in splits]
+    placed = [
+        _mesh.in_place(v, split.whole_shape(v.shape), split.dimensions or ())
+        if split.axes
+        else v
+        for v, split in zip(vectors, splits, strict=True)
+    ]
+    return _mesh.each_over(placed, axes, jax.lax.psum)
 
 
 def _joined(vectors: list[jax.Array], leaves: _leaves.Leaves) -> jax.Array:
@@ -151,13 +176,15 @@ def _reals(v: jax.Array) -> tuple[jax.Array, ...]:
     return (v.real, v.imag) if jnp.iscomplexobj(v) else (v,)
 
 
-def _parts(state: Any, leaves: _leaves.Leaves) -> list[jax.Array]:
-    """Returns the vectors of all leaves.
+def _parts(
+    state: Any, leaves: _leaves.Leaves, splits: _splits.Splits
+) -> list[jax.Array]:
+    """Returns the vectors of all leaves, of split ones those of this device.
 
     Raises:
       ValueError: they are those of other params, or there are none.
     """
-    shapes = jax.eval_shape(lambda: [_reals(v) for v in _starts(leaves)])
+    shapes = jax.eval_shape(lambda: [_reals(v) for v in _starts(leaves, splits)])
     sizes = [x.size for pair in shapes for x in pair]
     joined = getattr(state, "vectors", jnp.zeros(0))
     if joined.shape != (sum(sizes),):
@@ -168,7 +195,14 @@ def _parts(state: Any, leaves: _leaves.Leaves) -> list[jax.Array]:
         )
     flat = iter(jnp.split(joined, np.cumsum(sizes)[:-1]) if sizes else [])
     pairs = [[next(flat).reshape(x.shape) for x in pair] for pair in shapes]
-    return [x[0] if len(x) == 1 else jax.lax.complex(*x) for x in pairs]
+    whole = [x[0] if len(x) == 1 else jax.lax.complex(*x) for x in pairs]
+    every = zip(whole, splits, leaves.abstract(), strict=True)
+    return [
+        _mesh.own_piece(v, (*x.shape[:-2], v.shape[-1]), split.dimensions or ())
+        if split.axes
+        else v
+        for v, split, x in every
+    ]
 
 
 def _longest(x: jax.Array, old: jax.Array, num_steps: ArrayLike) -> jax.Array:

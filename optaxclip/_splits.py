@@ -5,7 +5,7 @@ piece. Under ``jit`` with sharded arrays every leaf is whole.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +23,12 @@ class Split(NamedTuple):
 
     Attributes:
       axes: the mesh axes over which the pieces differ.
-      dimensions: those that split each dimension; None if nothing says so.
+      dimensions: those that split each dimension, the first by the largest pieces;
+        None if nothing says so.
     """
 
     axes: Axes
-    dimensions: tuple[Axes, ...] | None
+    dimensions: tuple[Collection[str], ...] | None
 
     def along(self, dimensions: Sequence[int]) -> Axes:
         """Returns the mesh axes that split some dimensions, which have to be known."""
@@ -181,14 +182,16 @@ def _spec_of(path: str, specs: Specs) -> PartitionSpec:
 def _by_spec(leaf: Any, spec: PartitionSpec, path: str) -> Split:
     mesh = jax.sharding.get_abstract_mesh()
     known = [() if e is PartitionSpec.UNCONSTRAINED else e for e in spec]
-    named = [frozenset((e,) if isinstance(e, str) else e or ()) for e in known]
+    named = [(e,) if isinstance(e, str) else tuple(e or ()) for e in known]
     unknown = frozenset[str]().union(*named) - set(mesh.axis_names)
     if unknown or known != list(spec) or len(spec) > np.ndim(leaf):
         raise ValueError(
             f"Expected a spec for the shape {np.shape(leaf)} of {path!r} on the mesh"
             f" axes {list(mesh.axis_names)}, got {spec}."
         )
-    dimensions = tuple(axes & set(mesh.manual_axes) for axes in named)
+    dimensions = tuple(
+        tuple(axis for axis in axes if axis in mesh.manual_axes) for axes in named
+    )
     split = Split(frozenset[str]().union(*dimensions), dimensions)
     varying = _mesh.varying_axes(leaf)
     if varying - split.axes or (types_are_kept() and varying != split.axes):

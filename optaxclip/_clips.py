@@ -110,9 +110,9 @@ def clip_by_group_norm(
       max_norm: largest norm of a group; any threshold of :func:`clip_by`. A mapping has
         to give all leaves of a group the same entry.
       labels: which leaves are a group: None, a layer, that is the leaves under one
-        module path; or a mapping from path patterns to labels; or a function from
-        updates to a tree of labels (under ``optax.inject_hyperparams`` name it in
-        ``static_args``).
+        module path, also one of flat names, ``layers.3.weight``; or a mapping from path
+        patterns to labels; or a function from updates to a tree of labels (under
+        ``optax.inject_hyperparams`` name it in ``static_args``).
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`,

@@ -69,8 +69,9 @@ def clip_by(
       for the state, and returns it unchanged.
 
     Raises:
-      TypeError: when building, for a threshold of the wrong type; when tracing, for a
-        leaf that is not an array.
+      TypeError: when building, for a threshold of the wrong type, or an optimizer for
+        one, and for functions that have to be called first; when tracing, for a leaf
+        that is not an array.
       ValueError: when building, for a negative or NaN threshold; when tracing, for
         patterns that match nothing, don't cover a leaf or disagree within a scope, for
         params that don't match the updates, and for a state that belongs to another

@@ -55,12 +55,12 @@ def schedule(value: Any, what: str) -> None:
     if _module(value).partition(".")[0] != "optax" or made_by == "join_schedules":
         return
     for count in (0, 2**30):
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             now = value(jnp.asarray(count, jnp.int32))
-        if not isinstance(now, Tracer) and now < 0:
+        if not isinstance(now, Tracer) and float(now) < 0:
             raise ValueError(
                 f"Expected a schedule of {what} >= 0, got `{made_by}`, which gives"
-                f" {now:g} at step {count}."
+                f" {float(now):g} at step {count}."
             )
 
 
@@ -131,7 +131,7 @@ def _first(value: optax.GradientTransformation) -> np.ndarray | None:
         return update(norms, value.init(norms), norms, **loss)[0]
 
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             jax.eval_shape(ask, np.ones(2, np.float32))
             allowed = ask(jnp.ones(2))
         return None if isinstance(allowed, Tracer) else np.asarray(allowed, float)

@@ -75,7 +75,8 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
       measured.
 
     Raises:
-      TypeError: a limit that is not a number, a pair, a schedule or a mapping.
+      TypeError: a limit that is not a number, a pair, a schedule or a mapping; a range
+        as two arguments.
       ValueError: a negative or NaN limit, a range without 0, a range for a complex
         leaf, patterns that match nothing or don't cover a leaf.
 

@@ -5,7 +5,7 @@ the norms of all scopes as one vector (a scalar if there is one scope, a list of
 if scopes are units) and returns the largest norms allowed. Optax's own elementwise
 pieces are rules,
 too: ``optax.chain(optax.ema(0.99), optax.scale(3.0))`` allows three times the mean
-norm.
+norm. An optimizer is none: what it makes of a norm of 1 is negative, and raises.
 """
 
 from typing import Any, NamedTuple

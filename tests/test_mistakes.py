@@ -536,6 +536,32 @@ def test_a_schedule_of_a_traced_number_is_not_asked():
     np.testing.assert_allclose(found, [0.6, 0.8], rtol=1e-6)
 
 
+def test_a_clip_that_is_built_inside_shard_map_is_asked_there():
+    def clipped(updates):
+        rule = optax.chain(optax.ema(0.9), optax.scale(0.5))
+        for threshold in (rule, optax.linear_schedule(1.0, 0.1, 9)):
+            clip = oc.clip_by_global_norm(threshold)
+            updates, _ = clip.update(updates, clip.init(updates))
+        with pytest.raises(TypeError, match=CHAIN):
+            oc.clip_by_global_norm(optax.adam(1e-3))
+        with pytest.raises(ValueError, match="which gives -1"):
+            oc.clip_by_global_norm(optax.constant_schedule(-1.0))
+        return updates
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(clipped, mesh=mesh, in_specs=spec, out_specs=spec)
+    found = jax.jit(mapped)(jnp.array([3.0, 4.0]))
+    np.testing.assert_allclose(found, [0.6, 0.8], rtol=1e-6)
+
+
+def test_a_clip_is_built_under_strict_promotion_as_elsewhere():
+    with jax.numpy_dtype_promotion("strict"):
+        oc.clip_by_global_norm(optax.cosine_decay_schedule(1.0, 9))
+        with pytest.raises(TypeError, match=CHAIN):
+            oc.clip_by_global_norm(optax.adafactor(1e-3))
+
+
 def test_losses_may_be_negative():
     schedule = optax.constant_schedule(-1.0)
     oc.skip_if_spike(optax.sgd(0.1), None, schedule)

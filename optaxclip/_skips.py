@@ -1,12 +1,18 @@
 """A step that is undone where somebody objects to it, and how that is counted."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaxclip import _checks, _leaves, _selection, _sums
+from optaxclip import _checks, _leaves, _losses, _outcomes, _selection, _sums, _units
+
+NEVER = int(np.iinfo(np.int32).max)  # no count of steps is larger
+
+_COUNTS = ("_count", "_step")
 
 
 class GuardState(NamedTuple):
@@ -37,15 +43,45 @@ class GuardState(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a guard says of a step."""
+    """What a guard says of a step before it is taken."""
 
     culprits: jax.Array  # of the norms, those objected to
     is_bad: jax.Array  # whether there are any, or the loss is one
     is_finite: jax.Array
     rule_state: Any
+    scopes: tuple[_units.Scope, ...]  # of the norms, none if it is the loss
 
 
-def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
+class Patience(NamedTuple):
+    """After how many steps in a row the alarm is raised, and a finite one accepted.
+
+    Numbers that can't be counted to stand for never.
+    """
+
+    max_consecutive: int
+    accept_after: int
+
+
+def patience(max_consecutive: Any, accept_after: Any) -> Patience:
+    """Returns both numbers, and raises where one is none."""
+    return Patience(
+        _steps_in_a_row(max_consecutive, "max_consecutive"),
+        _steps_in_a_row(accept_after, "accept_after"),
+    )
+
+
+def _steps_in_a_row(value: Any, what: str) -> int:
+    """Returns a number of steps, at least 1, infinity as one that is never reached."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    is_infinite = isinstance(value, float | np.floating) and value == np.inf
+    if not (is_whole or is_infinite) or value < 1:
+        raise ValueError(
+            f"Expected {what} >= 1, an int, got {value!r}. For never, use `jnp.inf`."
+        )
+    return NEVER if is_infinite else min(int(value), NEVER)
+
+
+def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
     """Wraps ``inner``, which is undone where the judge objects to a step."""
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
@@ -54,14 +90,11 @@ def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
             "Expected a guard to wrap a transformation, such as"
             f" `optax.chain(clip, optax.sgd(0.1))`, got {inner!r}."
         )
-    if not isinstance(max_consecutive, int) or max_consecutive < 1:
-        raise ValueError(
-            f"Expected max_consecutive >= 1, an int, got {max_consecutive!r}."
-        )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
+        leaves = _leaves.flatten(_outcomes.like_updates(params), abstract=True)
+        like, rule_state = init_rule(leaves)
         # No two of them the same array, which could not be donated.
         return GuardState(
             guarded_state=inner.init(params),
@@ -79,45 +112,87 @@ def guard(inner: Any, max_consecutive: int, init_rule: Any, judge: Any) -> Any:
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
         _checks.needed_state(state, GuardState)
-        leaves = _leaves.flatten(updates)
-        _sums.check_summed(leaves, params)
-        verdict = judge(leaves, state, params, extra_args)
-        row = jnp.where(
-            verdict.is_bad, optax.safe_increment(state.consecutive_count), 0
-        )
-        finite_row = jnp.where(
-            verdict.is_bad, state.finite_count + verdict.is_finite.astype(jnp.int32), 0
-        )
-        is_accepted = verdict.is_finite & (finite_row > max_consecutive)
-        skip = verdict.is_bad & ~is_accepted
-        new_updates, guarded_state = _selection.take(
+        _losses.check_names(extra_args)
+        state = _as_made(state)
+        leaves = _leaves.flatten(_losses.still(updates))
+        fast = _outcomes.like_updates(params)
+        _sums.check_summed(leaves, fast)
+        verdict = judge(leaves, state, fast, _losses.with_still_loss(extra_args))
+        row = state.finite_count + verdict.is_finite.astype(jnp.int32)
+        is_accepted = verdict.is_finite & (row > patience.accept_after)
+        taken = _selection.take(
             lambda: inner.update(updates, state.guarded_state, params, **extra_args),
             state.guarded_state,
-            skip,
+            params,
+            verdict.is_bad & ~is_accepted,
+            functools.partial(_look, leaves, state.guarded_state),
         )
-
-        def kept(old: Any, new: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
-
-        return kept(jax.tree.map(_nothing, new_updates), new_updates), GuardState(
-            guarded_state=guarded_state,
-            step_count=jnp.asarray(optax.safe_increment(state.step_count)),
-            skipped_count=kept(
-                optax.safe_increment(state.skipped_count), state.skipped_count
-            ),
-            consecutive_count=row,
-            finite_count=finite_row,
-            last_skipped_step=kept(state.step_count, state.last_skipped_step),
-            culprits=kept(verdict.culprits, state.culprits),
-            alarm=row >= max_consecutive,
-            rule_state=kept(state.rule_state, verdict.rule_state),
-        )
+        new = _counted(state, verdict, is_accepted, taken, patience.max_consecutive)
+        return _outcomes.held(taken.updates, params), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _nothing(update: Any) -> jax.Array:
-    """Returns what added to a parameter leaves its bits as they are: 0.0 does not."""
-    update = jnp.asarray(update)
-    negative = jnp.issubdtype(update.dtype, jnp.inexact)
-    return jnp.full_like(update, -0.0) if negative else jnp.zeros_like(update)
+def _look(leaves: _leaves.Leaves, before: Any, updates: Any, params: Any) -> jax.Array:
+    found = _outcomes.broken(updates, params, leaves)
+    # A guard has looked at what comes out of it by itself.
+    return jnp.zeros_like(found) if isinstance(before, GuardState) else found
+
+
+def _counted(
+    state: GuardState,
+    verdict: Verdict,
+    is_accepted: jax.Array,
+    taken: _selection.Taken,
+    max_consecutive: int,
+) -> GuardState:
+    refused = verdict.is_bad & ~is_accepted
+    broken = taken.broken & ~refused  # what was not to be taken can't break
+    broke = jnp.any(broken)
+    is_bad = verdict.is_bad | broke
+    skip = refused | broke
+    row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
+    finite = verdict.is_bad & verdict.is_finite & ~broke
+    finite_row = jnp.where(is_bad, state.finite_count + finite.astype(jnp.int32), 0)
+    culprits = (verdict.culprits & refused) | _blamed(broken, verdict)
+
+    def kept(old: Any, new: Any) -> Any:
+        return jax.tree.map(
+            lambda a, b: jnp.where(skip, jnp.asarray(a, jnp.result_type(b)), b),
+            old,
+            new,
+        )
+
+    return GuardState(
+        guarded_state=taken.state,
+        step_count=jnp.asarray(optax.safe_increment(state.step_count)),
+        skipped_count=kept(
+            optax.safe_increment(state.skipped_count), state.skipped_count
+        ),
+        consecutive_count=row,
+        finite_count=finite_row,
+        last_skipped_step=kept(state.step_count, state.last_skipped_step),
+        culprits=kept(culprits, state.culprits),
+        alarm=(row >= max_consecutive) & (max_consecutive < NEVER),
+        rule_state=kept(state.rule_state, verdict.rule_state),
+    )
+
+
+def _blamed(broken: jax.Array, verdict: Verdict) -> jax.Array:
+    """Returns which norms were of leaves that broke."""
+    found = [
+        jnp.any(broken if scope == _units.EVERYTHING else broken[np.array(scope)])
+        for scope in verdict.scopes
+    ]
+    if not found:
+        return jnp.zeros_like(verdict.culprits)
+    return jnp.reshape(jnp.stack(found), verdict.culprits.shape)
+
+
+def _as_made(state: GuardState) -> GuardState:
+    """Undoes what becomes of the types where a state is blended by arithmetic."""
+    made = {name: jnp.int32 for name in GuardState._fields if name.endswith(_COUNTS)}
+    made |= {"culprits": jnp.bool, "alarm": jnp.bool}
+    return state._replace(
+        **{name: jnp.asarray(getattr(state, name), kind) for name, kind in made.items()}
+    )

@@ -93,8 +93,7 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
-        leaves = _leaves.flatten(_outcomes.like_updates(params), abstract=True)
-        like, rule_state = init_rule(leaves)
+        like, rule_state = init_rule(_leaves.flatten(params, abstract=True))
         # No two of them the same array, which could not be donated.
         return GuardState(
             guarded_state=inner.init(params),

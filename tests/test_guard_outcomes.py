@@ -580,6 +580,17 @@ def test_around_lookahead_the_leaf_that_broke_is_named():
     assert bits(optax.apply_updates(params, updates)) == bits(params)
 
 
+def test_a_clip_in_front_of_lookahead_sees_the_gradients_leaves():
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    clip = oc.clip_by_leaf_norm(1.0)
+    chain: Any = optax.chain(clip, optax.lookahead(optax.sgd(0.1), 2, 0.5))
+    state = chain.init(params)
+    for _ in range(2):
+        _, state = jax.jit(chain.update)(ONES, state, params)
+    np.testing.assert_allclose(state[0].norms, [3**0.5, 2**0.5], rtol=1e-6)
+    assert list(state[0].clipped_count) == [2, 2]
+
+
 # --------------------------------------------------------------------------------------
 # States
 # --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from optaxclip import _mesh
 from optaxclip._leaves import Leaves
 
 # Of each leaf so many elements decide on the whole step: these are computed twice.
-LOOKED_AT = 4096
+LOOKED_AT = 1024
 
 
 def like_updates(params: Any) -> Any:
@@ -37,24 +37,33 @@ def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
       Booleans, the same on all devices, and one more at their end, for leaves that did
       not come in.
     """
-    every = jax.tree.leaves(updates)
     places = {i: place for place, i in enumerate(leaves.counted)}
     rest = len(leaves.counted)
-    found: list[list[jax.Array]] = [[] for _ in range(rest + 1)]
     fits = _fits(updates, leaves)
-    for i, (update, param) in enumerate(
-        zip(every, _paired(updates, params), strict=True)
-    ):
-        if not _counts(update):
-            continue
-        some = update, param
-        if _mesh.is_local(jnp.asarray(update)):
-            some = _sample(update), None if param is None else _sample(param)
-        place = places.get(i % len(leaves.leaves), rest) if fits else rest
-        found[place].append(jnp.any(_elements(*some)))
-    flags = [jnp.any(jnp.stack(some)) if some else jnp.array(False) for some in found]
+    found: dict[int, list[tuple[int, jax.Array]]] = {}
+    every = zip(jax.tree.leaves(updates), _paired(updates, params), strict=True)
+    for i, (update, param) in enumerate(every):
+        if _counts(update):
+            place = places.get(i % len(leaves.leaves), rest) if fits else rest
+            flags = _looked_at(update, param)
+            found.setdefault(flags.size, []).append((place, flags))
+    flags, own = [], []
+    for some in found.values():  # one kernel for all of one size
+        flags.append(jnp.any(jnp.stack([x for _, x in some]), axis=1))
+        own += [place for place, _ in some]
+    if not flags:
+        return jnp.zeros(rest + 1, bool)
+    is_own = np.arange(rest + 1)[:, None] == np.array(own)
+    flags = jnp.any(is_own & jnp.concatenate(flags), axis=1)
     manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-    return _mesh.anywhere(jnp.stack(flags), manual)
+    return _mesh.anywhere(flags, manual)
+
+
+def _looked_at(update: Any, param: Any) -> jax.Array:
+    """Returns which elements broke, of those that decide."""
+    if not _mesh.is_local(jnp.asarray(update)):
+        return jnp.any(_elements(update, param))[None]
+    return _elements(_sample(update), None if param is None else _sample(param))
 
 
 def held(updates: Any, params: Any) -> Any:

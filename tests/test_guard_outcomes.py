@@ -177,6 +177,7 @@ def test_what_is_accepted_is_skipped_all_the_same_if_it_breaks():
 def test_without_params_the_updates_are_looked_at():
     tx = oc.skip_if_nonfinite(optax.sgd(nan_from_the_third_on))
     state = tx.init(PARAMS)
+    updates = ONES
     for _ in range(3):
         updates, state = tx.update(ONES, state)
     assert int(state.skipped_count) == 1
@@ -341,7 +342,7 @@ def test_inside_of_multisteps_what_breaks_is_skipped():
     inner = oc.skip_if_nonfinite(optax.adam(0.1, eps=0.0))
     tx = optax.MultiSteps(inner, 2).gradient_transformation()
     params, update = jnp.ones(2), jax.jit(tx.update)
-    state = tx.init(params)
+    state, updates = tx.init(params), params
     for _ in range(2):
         updates, state = update(jnp.array([0.0, 1.0]), state, params)
     assert bits(updates) == bits(jnp.array([-0.0, -0.0]))

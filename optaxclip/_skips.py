@@ -22,11 +22,13 @@ class GuardState(NamedTuple):
       guarded_state: state of the guarded transformation.
       step_count: steps seen, int32.
       skipped_count: steps skipped, int32.
-      consecutive_count: steps in a row, up to now, that the guard objected to, int32.
-      finite_count: those of them that were finite, int32.
+      consecutive_count: steps in a row, up to now, that the guard objected to, for what
+        came in or for what came out, int32.
+      finite_count: those of them of which both were finite, int32.
       last_skipped_step: the last step skipped, counted from 0, int32; -1 if none.
-      culprits: which norms the guard objected to then, booleans, one entry per scope as
-        in :class:`ClipState`; none of them where it was the loss.
+      culprits: which norms the guard objected to then, or of which leaves the outcome
+        was not finite, booleans, one entry per scope as in :class:`ClipState`; none of
+        them where it was the loss.
       alarm: whether the guard has objected to as many steps in a row as it was told.
       rule_state: state of the threshold, ``optax.EmptyState()`` if it has none.
     """

@@ -73,7 +73,7 @@ def take(
         kept = jax.tree.map(_outcomes.nothing, updates) if is_skipped else updates
         return Taken(kept, state if is_skipped else new, broken)
     closed, shapes = jax.make_jaxpr(step, return_shape=True)()
-    program = _Program(closed.jaxpr, len(jax.tree.leaves(shapes[1])))
+    program = _Program(closed, len(jax.tree.leaves(shapes[1])))
     hidden = {id(x) for x in jax.tree.leaves((state, params)) if _is_large(x)}
     is_hidden = [id(x) in hidden for x in closed.consts]
 
@@ -96,20 +96,21 @@ def take(
 
 
 class _Program(NamedTuple):
-    """A step as equations; its last outputs, ``count`` of them, are the new state."""
+    """A step as equations; its last outputs, so many entries, are the new state."""
 
-    jaxpr: core.Jaxpr
-    count: int
+    closed: Any
+    entries: int
 
     @property
     def start(self) -> int:
-        return len(self.jaxpr.outvars) - self.count
+        return len(self.closed.jaxpr.outvars) - self.entries
 
     def is_cheap(self) -> bool:
-        return not self.jaxpr.effects and not any(map(_is_heavy, _eqns(self.jaxpr)))
+        jaxpr = self.closed.jaxpr
+        return not jaxpr.effects and not any(map(_is_heavy, _eqns(jaxpr)))
 
     def run(self, consts: Sequence[Any]) -> list[Any]:
-        return core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, list(consts)))()
+        return core.jaxpr_as_fun(self.closed.replace(consts=list(consts)))()
 
     def chosen(self, skip: Any, old: list[Any], flat: list[Any]) -> list[Any]:
         """Returns the outputs, of the state those that are kept."""
@@ -121,8 +122,8 @@ class _Program(NamedTuple):
     def selected(self, skip: Any, old: list[Any], consts: list[Any]) -> list[Any]:
         """Returns the same, of selections that are made early."""
         closed = jax.make_jaxpr(lambda: self.chosen(skip, old, self.run(consts)))()
-        jaxpr = _select_early(closed.jaxpr, self.count)
-        return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))()
+        jaxpr = _select_early(closed.jaxpr, self.entries)
+        return core.jaxpr_as_fun(closed.replace(jaxpr=jaxpr))()
 
 
 def _known(skip: Any) -> bool | None:

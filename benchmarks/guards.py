@@ -11,17 +11,21 @@ and then in reverse: of equal programs that of the later arrays may take a tenth
 
 A guard need not pass over memory once more: the sums that it asks for are those of the
 clip, and what it selects from, the old state and the new one, the step reads and makes
-anyway. So 1.00 is the floor, where the compiler sees both. Whether it does shows in the
-compiled step, of which two columns count bytes over those of the gradients, leaving out
-branches that are hardly ever taken:
+anyway. What comes out of the optimizer is looked at before either is written over, in a
+sample of each leaf that is computed beforehand, and element by element where the params
+are written. So 1.00 is the floor, where the compiler sees all of this. Whether it does
+shows in the compiled step, of which three columns count bytes over those of the
+gradients; the first two leave out branches that are hardly ever taken:
 
   * sums: what goes into reductions. A norm takes 1.00; more says that the guard's sums
     were not the same to the compiler.
   * copies: what is copied. A guard needs the old state beside the new one, and the new
     one is to be written over the old one, which was donated. If the params come from
     the state that was selected, nothing needs the old one then.
+  * temp: memory for what is neither argument nor result. More than with the clip alone
+    says that a whole array is kept, for instance because all of it was looked at.
 
-Optax's guard has the clip within a branch, and so no figures in these columns.
+Optax's guard has the clip within a branch, and so no figures in the first two.
 """
 
 import argparse
@@ -119,6 +123,7 @@ def compare(
                 for column, kind in KINDS.items()
                 if name != "apply_if_finite"
             },
+            "temp": temporary_bytes(compiled[name]) / gradient_bytes,
             "compile_s": compiling[name].seconds,
             "compile_ratio": compiling[name].ratio,
         }
@@ -130,6 +135,12 @@ def bytes_of(kind: str, compiled: jax.stages.Compiled) -> int:
     """Returns how many bytes one kind of instruction reads in every step."""
     program = _compiled.read(compiled.as_text() or "")
     return sum(x.bytes for x in program if x.kind == kind and not x.in_branch)
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns how much memory a step takes beside its arguments and results."""
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 def describe(tree: str, optimizer: str, question: str = "guards") -> Row:
@@ -158,7 +169,8 @@ def report(tree: str, optimizer: str, repeats: int, compiles: int) -> list[Row]:
         print(
             f"{tree:8}{common['leaves']:7}  {name:18}{row['run_ms']:10.3f}"
             f"{row['run_ratio']:8.3f}{row['added_ms']:11.3f}{counts[0]:>7}"
-            f"{counts[1]:>8}{row['compile_s']:11.2f}{row['compile_ratio']:8.2f}",
+            f"{counts[1]:>8}{row['temp']:7.2f}"
+            f"{row['compile_s']:11.2f}{row['compile_ratio']:8.2f}",
             flush=True,
         )
         rows.append(
@@ -199,8 +211,8 @@ def main() -> None:
     machine = _timing.machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{args.optimizer}, {args.repeats} rounds, medians")
-    columns = ("tree", "leaves", "guard", "run ms", "ratio", "added ms", *KINDS)
-    print("{:8}{:>7}  {:18}{:>10}{:>8}{:>11}{:>7}{:>8}".format(*columns), end="")
+    columns = ("tree", "leaves", "guard", "run ms", "ratio", "added ms", *KINDS, "temp")
+    print("{:8}{:>7}  {:18}{:>10}{:>8}{:>11}{:>7}{:>8}{:>7}".format(*columns), end="")
     print("{:>11}{:>8}".format("compile s", "ratio"))
     for tree in args.trees:
         rows = report(tree, args.optimizer, args.repeats, args.compiles)

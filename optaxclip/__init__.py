@@ -36,6 +36,7 @@ from optaxclip._inputs import (
     unscale as unscale,
     zero_nonfinite as zero_nonfinite,
 )
+from optaxclip._kept import keep_if_skipped as keep_if_skipped
 from optaxclip._layers import clip_layer_cotangents as clip_layer_cotangents
 from optaxclip._leaf_rules import adagc as adagc, aggc as aggc
 from optaxclip._matrices import clip_singular_values as clip_singular_values

@@ -17,9 +17,10 @@ from optaxclip import (
     _formulas,
     _leaves,
     _limits,
-    _mesh,
+    _losses,
     _mistakes,
     _scopes,
+    _skips,
     _units,
     norms,
     thresholds,
@@ -32,7 +33,7 @@ _SIX_SIGMA = thresholds.mean_plus_std(6.0, window=128, warmup_steps=64)
 
 
 def skip_if_nonfinite(
-    inner: optax.GradientTransformation, max_consecutive: int = 10
+    inner: optax.GradientTransformation, max_consecutive: int | float = 10
 ) -> optax.GradientTransformationExtraArgs:
     """Skips the steps whose updates have a NaN or an infinity, for ever.
 
@@ -46,6 +47,14 @@ def skip_if_nonfinite(
           optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adamw(1e-3))
       )
 
+    What comes out of ``inner`` is looked at as well: a schedule may return NaN, ``eps``
+    may be 0 in float16, a step may take a parameter to infinity. If an update is not
+    finite, or makes of a finite parameter one that is not, the step is skipped in the
+    same way. Of a leaf with more than 1024 elements so many, evenly spread, decide on
+    this. Any other that breaks is held by itself, at a parameter that keeps its bits,
+    uncounted, while the rest of the step is taken: for all to decide, the optimizer
+    would take half as long again. Where leaves may be spread over devices, all decide.
+
     If nothing finite comes any more, nothing is learnt any more either: then there is
     an alarm, on which the training loop decides. A NaN is never let through, as
     ``optax.apply_if_finite`` does in the end.
@@ -57,22 +66,28 @@ def skip_if_nonfinite(
 
     Guarantees:
       * Updates of a skipped step are -0.0, which added to a parameter changes no bit.
+      * No update is NaN or infinite, nor does one make a parameter so that was finite.
+        One that was not finite before is nobody's fault: the step is taken.
       * What is finite passes, also where squares overflow. The check is the norm of
         each leaf, most of which a clip inside computes anyway.
+      * The derivative through a skipped step is that of nothing: finite, as far as what
+        the updates were made of does not multiply its zeros by infinity. Outside of
+        ``jit`` it is so in any case.
       * All devices of a mesh decide alike.
 
     Args:
       inner: optimizer, or a part of one. Around ``optax.MultiSteps`` a bad micro-batch
         does not get into the accumulator; inside of it, it is there already, and stays,
         for Optax multiplies it by 0: from then on every step is skipped.
-      max_consecutive: steps skipped in a row that raise the alarm.
+      max_consecutive: steps skipped in a row that raise the alarm; ``jnp.inf`` for
+        none.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
       If a loss is passed, ``update(..., value=loss)``, it has to be finite as well.
 
     Raises:
-      TypeError: ``inner`` is not a transformation.
+      TypeError: ``inner`` is not a transformation; the loss comes by another name.
       ValueError: ``max_consecutive`` is below 1; and what ``inner`` raises.
 
     Examples:
@@ -98,25 +113,29 @@ def skip_if_nonfinite(
         leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
     ) -> Verdict:
         del params
-        finite = jnp.isfinite(_scopes.measure(_formulas.leaf_norms, leaves).norms)
+        measured = _scopes.measure(_formulas.leaf_norms, leaves)
+        finite = jnp.isfinite(measured.norms)
         is_finite = jnp.all(finite)
         if extra_args.get("value") is not None:
-            is_finite &= _is_finite_everywhere(extra_args["value"])
-        return Verdict(~finite, ~is_finite, is_finite, state.rule_state)
+            is_finite &= _losses.is_finite_everywhere(extra_args["value"])
+        past, scopes = state.rule_state, measured.scopes
+        return Verdict(~finite, ~is_finite, is_finite, past, scopes)
 
     def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any, Any]:
         zeros = _scopes.zeros(_formulas.leaf_norms, leaves)
         names = _scopes.names(_formulas.leaf_norms, leaves)
         return zeros.norms, optax.EmptyState(), names
 
-    return guard(inner, max_consecutive, init_rule, judge)
+    patience = _skips.patience(max_consecutive, jnp.inf)
+    return guard(inner, patience, init_rule, judge)
 
 
 def skip_if_spike(
     inner: optax.GradientTransformation,
     norm: _scopes.Norm | None = norms.global_norm,
     threshold: Threshold = _SIX_SIGMA,
-    max_consecutive: int = 10,
+    max_consecutive: int | float = 10,
+    accept_after: int | float = 10,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips the steps whose norm is above a threshold, or not finite.
 
@@ -132,10 +151,11 @@ def skip_if_spike(
         were taken, as they came.
       * A spike does not raise its own threshold: a rule is asked before it sees the
         norm of this step, and the first step always passes.
-      * What has come to stay is accepted. After ``max_consecutive`` skips of finite
-        steps in a row such steps are taken, and enter the history, until one is below
-        the threshold: so a guard can't stop training for ever. What is not finite is
-        never accepted, and doesn't count for this.
+      * What has come to stay is accepted. After ``accept_after`` skips of finite steps
+        in a row such steps are taken, and enter the history, until one is below the
+        threshold: so a guard can't stop training for ever. What is not finite is never
+        accepted, and doesn't count for this.
+      * What comes out of ``inner`` has to be finite as well, as it has there.
 
     Args:
       inner: optimizer, or a part of one.
@@ -145,15 +165,19 @@ def skip_if_spike(
         as in :func:`clip_by`. Rules are asked by way of :func:`thresholds.lagged`:
         give them as they are, for one that is lagged would go by the step before the
         last. Schedules count the skipped steps, too.
-      max_consecutive: steps skipped in a row before one is accepted, and that raise the
-        alarm; a loop that goes back to a checkpoint then never sees one accepted.
+      max_consecutive: steps skipped in a row that raise the alarm; ``jnp.inf`` for
+        none.
+      accept_after: finite steps skipped in a row before one is accepted; ``jnp.inf`` to
+        accept none ever, as where the threshold says which steps are forbidden. A loop
+        that goes back to a checkpoint on the alarm never sees one accepted either.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
 
     Raises:
-      TypeError: ``inner`` is not a transformation, or another argument of a wrong type.
-      ValueError: ``max_consecutive`` is below 1, or what :func:`clip_by` raises; when
+      TypeError: ``inner`` is not a transformation, or another argument of a wrong type;
+        the loss comes by another name.
+      ValueError: a number of steps below 1, or what :func:`clip_by` raises; when
         tracing, no loss where it is watched, or one that differs between devices.
 
     Examples:
@@ -183,7 +207,7 @@ def skip_if_spike(
     def measure(leaves: _leaves.Leaves, extra_args: Any) -> _scopes.Measured:
         if formula is not None:
             return _scopes.measure(formula, leaves)
-        return _scopes.single(_loss(extra_args), leaves.dtype)
+        return _scopes.single(_losses.watched(extra_args), leaves.dtype)
 
     def judge(
         leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
@@ -195,8 +219,10 @@ def skip_if_spike(
         )
         finite = jnp.isfinite(measured.norms)
         bad = ~(finite & (measured.sizes() <= limits))
-        culprits = jnp.zeros_like(bad) if formula is None else bad
-        return Verdict(culprits, jnp.any(bad), jnp.all(finite), rule_state)
+        is_bad, is_finite = jnp.any(bad), jnp.all(finite)
+        if formula is None:
+            return Verdict(jnp.zeros_like(bad), is_bad, is_finite, rule_state, ())
+        return Verdict(bad, is_bad, is_finite, rule_state, measured.scopes)
 
     def init_rule(leaves: _leaves.Leaves) -> tuple[jax.Array, Any, Any]:
         if formula is None:
@@ -206,7 +232,8 @@ def skip_if_spike(
             names = _scopes.names(formula, leaves)
         return zeros.norms, _limits.init(limit, zeros, leaves), names
 
-    return guard(inner, max_consecutive, init_rule, judge)
+    patience = _skips.patience(max_consecutive, accept_after)
+    return guard(inner, patience, init_rule, judge)
 
 
 def _by_the_past(threshold: Any) -> Any:
@@ -225,26 +252,3 @@ def _whole(measured: _scopes.Measured) -> _scopes.Measured:
             " units. Use `norms.leaf_norms`."
         )
     return measured
-
-
-def _loss(extra_args: dict[str, Any]) -> jax.Array:
-    value = extra_args.get("value")
-    if value is None:
-        raise ValueError(
-            "Expected the loss, which this guard watches, got none. Call"
-            " `update(updates, state, params, value=loss)`."
-        )
-    value = jnp.asarray(value)
-    axes = _mesh.varying_axes(value)
-    if value.shape != () or axes:
-        raise ValueError(
-            "Expected the loss to be one number, the same on all devices, got shape"
-            f" {value.shape}, different over the mesh axes {sorted(axes)}. Call"
-            " `jax.lax.pmean` on it."
-        )
-    return value
-
-
-def _is_finite_everywhere(value: Any) -> jax.Array:
-    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-    return ~_mesh.anywhere(~jnp.all(jnp.isfinite(value)), manual)

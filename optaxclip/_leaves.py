@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optaxclip import _paths
 
@@ -73,12 +74,15 @@ def flatten(tree: Any, abstract: bool = False) -> Leaves:
 
     Args:
       tree: any pytree of arrays and numbers.
-      abstract: accept ``jax.ShapeDtypeStruct``, as an ``init`` does.
+      abstract: accept ``jax.ShapeDtypeStruct``, as an ``init`` does, and of params that
+        ``optax.lookahead`` keeps twice those that the gradients are of.
 
     Raises:
       TypeError: a leaf is neither a number nor an array of numbers, or is a sparse one
         in which an entry may be there twice.
     """
+    if abstract and isinstance(tree, optax.LookaheadParams):
+        tree = tree.fast
     leaves, treedef = jax.tree.flatten(tree)
     for position, leaf in enumerate(leaves):
         if not is_numeric(leaf) or (_is_abstract(leaf) and not abstract):

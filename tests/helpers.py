@@ -94,7 +94,7 @@ def bits(tree: Tree) -> list[tuple[str, tuple[int, ...], bytes]]:
 
 
 def shown(thresholds: Any) -> np.ndarray:
-    """Thresholds with infinity for none, where a state has a number near the largest."""
+    """Thresholds, infinite where a state has the number that stands for none."""
     values = np.asarray(thresholds)
     none = float(jnp.finfo(values.dtype).max) * (1 - 1e-6)
     return np.where(values >= none, np.inf, values)

@@ -26,6 +26,7 @@ NO_RULES = {
     "clip_by": "makes all those that aren't flat",
     "cotangent_stats": "a dummy parameter",
     "global_norm": "a norm",
+    "keep_if_skipped": "goes by what a guard did",
     "over_axes": "tells a clip how leaves are split",
     "summary": "reads statistics",
 }

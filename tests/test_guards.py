@@ -561,7 +561,10 @@ RULES = {
 def test_random_sequences_go_as_in_a_loop_by_hand(rule, max_consecutive):
     make, allowed = RULES[rule]
     tx = oc.skip_if_spike(
-        optax.sgd(1.0), threshold=make(), max_consecutive=max_consecutive
+        optax.sgd(1.0),
+        threshold=make(),
+        max_consecutive=max_consecutive,
+        accept_after=max_consecutive,
     )
     sizes = random_sizes(max_consecutive)
     is_taken, rows, alarms, state = passed_by(tx, sizes)
@@ -712,7 +715,10 @@ def test_a_spike_does_not_raise_its_own_threshold():
 @pytest.mark.parametrize("max_consecutive", [1, 4])
 def test_what_has_come_to_stay_is_accepted_and_learnt(max_consecutive):
     tx = oc.skip_if_spike(
-        optax.sgd(1.0), threshold=optax.scale(2.0), max_consecutive=max_consecutive
+        optax.sgd(1.0),
+        threshold=optax.scale(2.0),
+        max_consecutive=max_consecutive,
+        accept_after=max_consecutive,
     )
     sizes = [1.0] + [100.0] * (max_consecutive + 3)
     is_taken, rows, alarms, state = passed_by(tx, sizes)
@@ -726,7 +732,7 @@ def test_what_has_come_to_stay_is_accepted_and_learnt(max_consecutive):
 
 @every_bad
 def test_what_is_not_finite_is_never_accepted(bad):
-    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=optax.scale(2.0), max_consecutive=2)
+    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=optax.scale(2.0), accept_after=2)
     sizes = [1.0] + [bad] * 6 + [9.0, bad, 9.0, 9.0, bad, 9.0]
     is_taken, _, _, _ = passed_by(tx, sizes)
     # The third spike has come to stay, and its norm is what the last goes by.
@@ -1394,7 +1400,7 @@ def test_no_scale_raises():
 
 
 def test_a_burst_that_is_not_finite_wears_out_no_patience():
-    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=2.0, max_consecutive=3)
+    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=2.0, accept_after=3)
     state = tx.init(jnp.zeros(1))
     taken = []
     for size in [1.0, *[np.nan] * 5, 1e6, 1e6, np.nan, 1e6, 1e6, 1.0, 1e6]:

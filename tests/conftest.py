@@ -21,8 +21,11 @@ VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 QUICK = os.environ.setdefault(VARIABLE, "1") != "0"  # set: processes started here, too
 jax.config.update(VARIABLE.lower(), QUICK)
 
+# On one device small leaves are joined: `test_one_device.py` starts a process with one.
+DEVICES = os.environ.get("OPTAXCLIP_DEVICES", "8")
+
 # XLA reads its flags with the first array, and stops at any that it does not know.
-FLAGS = ["--xla_force_host_platform_device_count=8"]
+FLAGS = [f"--xla_force_host_platform_device_count={DEVICES}"]
 if QUICK and jax.__version_info__ < (0, 11) and platform.machine() == "x86_64":
     # Without a fused multiply-add two programs round the same sum alike.
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=AVX"]

@@ -366,14 +366,13 @@ def agc_excluding_the_head(updates, params):
     rows = by_unit(lambda norm: 0.25 * np.maximum(norm, 1e-3), axes=1)
     whole = by_unit(lambda norm: 0.25 * np.maximum(norm, 1e-3))
     free = by_unit(lambda norm: np.inf, axes=1)
-    dense, dense_params = updates["dense"], params["dense"]
-    return {
-        "dense": {
-            "bias": whole(dense["bias"], dense_params["bias"]),
-            "kernel": rows(dense["kernel"], dense_params["kernel"]),
-        },
-        "head": free(updates["head"], params["head"]),
-    }
+
+    def one(name, update, param):
+        kind = rows if name.endswith("kernel") else whole
+        return (free if name.startswith("head/") else kind)(update, param)
+
+    names = jax.tree.unflatten(jax.tree.structure(updates), paths_of(updates))
+    return jax.tree.map(one, names, updates, params)
 
 
 def finite_leaves_together(updates, params):

@@ -30,7 +30,8 @@ def z_score(
 
     and never more than ``max_norm``. At the z-threshold nothing jumps; the larger the
     spike, the closer to the mean it is clipped. Mean and deviation are those of the
-    first ``warmup_steps`` norms, then running ones of the norms after this rule.
+    first ``warmup_steps`` norms, then running ones of what the formula left of each
+    norm: before ``max_norm`` cuts it, as in the paper's code.
 
     Args:
       z_threshold: standard deviations above the mean from which on it clips.

@@ -268,6 +268,14 @@ def test_adagc_is_its_reference_over_the_whole_history():
     np.testing.assert_allclose(after[real], held[real], rtol=1e-5)
 
 
+def test_without_a_warm_up_adagc_starts_from_the_first_norm():
+    sizes = columns_of_leaves(200)
+    ours, after = stepped(oc.adagc(warmup_steps=0), sizes)
+    real, right = is_real(sizes), np.array(np_adagc(sizes, warmup_steps=0))
+    np.testing.assert_allclose(ours[real], right[real], rtol=1e-5)
+    assert np.all(np.isfinite(after[real]))
+
+
 @pytest.mark.parametrize("decays", [(0.7, 0.9, 0.999), (0.0, 0.5, 0.9)], ids=str)
 def test_stable_spam_clip_is_its_reference_over_the_whole_history(decays):
     rng = np.random.default_rng(5)
@@ -370,6 +378,19 @@ def test_only_upward_deviations_are_clipped_by_zclip():
     warm = np.tile([1.0, 3.0], 10)
     limits = allowed(oc.zclip(2.5, 0.97, 20, jnp.inf), [*warm, 1e-3, 1e-6])
     assert np.all(np.isinf(limits))
+
+
+def test_the_cap_of_zclip_does_not_enter_its_mean():
+    # The paper's code averages what the z-score leaves, before `max_grad_norm`.
+    warm = np.tile([1.0, 3.0], 10)
+    spikes = [*warm, 8.0, 12.0]
+    free, capped = (allowed(oc.zclip(2.5, 0.5, 20, cap), spikes) for cap in (np.inf, 3))
+    np.testing.assert_array_equal(capped, np.minimum(free, 3))
+    rule = thresholds.z_score(2.5, 0.5, 20, max_norm=2.0)
+    state = rule.init(jnp.zeros(()))
+    for size in spikes:
+        _, state = rule.update(jnp.float32(size), state)
+    assert state.means > 2.5
 
 
 def test_the_thresholds_of_adagc_rise_by_a_thousandth_at_most():

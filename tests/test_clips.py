@@ -227,6 +227,24 @@ def test_clip_by_leaf_norm_bounds_every_leaf_alone():
     np.testing.assert_array_equal(state.clipped_count, [1, 0])
 
 
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (oc.factors.soften, [1, 1]),
+        (oc.factors.normalize, [1, 0]),
+        (lambda norm, max_norm: jnp.ones_like(norm), [0, 0]),
+    ],
+    ids=["soften", "normalize", "user"],
+)
+def test_what_a_factor_shrinks_is_clipped_on_either_side_of_the_threshold(
+    factor, expected
+):
+    updates = {"above": jnp.array([3.0, 4.0]), "below": jnp.array([0.3, 0.4])}
+    clip = oc.clip_by(oc.norms.leaf_norms, 1.0, factor)
+    _, state = clip.update(updates, clip.init(updates))
+    np.testing.assert_array_equal(state.clipped_count, expected)
+
+
 LAYERS = {
     "dense": {"bias": jnp.array([3.0]), "kernel": jnp.array([[4.0]])},
     "head": {"bias": jnp.array([0.3]), "kernel": jnp.array([[0.4]])},

@@ -508,6 +508,20 @@ def test_a_leaf_without_a_spec_raises():
         inside(lambda u, p: clip.update(u, None)[0], check_vma=False)
 
 
+def test_the_spec_of_a_module_serves_no_other_whose_name_begins_alike():
+    clip = oc.over_axes(oc.clip_by_global_norm(1.0), {"dense": P()})
+    tree = {"dense": {"kernel": jnp.ones(2)}, "dense_1": {"kernel": jnp.ones(2)}}
+    step = jax.shard_map(
+        lambda u: clip.update(u, None)[0],
+        mesh=grid(),
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=r"none for 'dense_1/kernel', only"):
+        jax.eval_shape(step, tree)
+
+
 @pytest.mark.parametrize("spec", [P("data", None, None), P("expert")], ids=str)
 def test_a_spec_that_does_not_fit_raises(spec):
     clip = oc.over_axes(oc.clip_by_global_norm(1.0), spec)

@@ -593,6 +593,33 @@ def test_float64_norms_are_recorded_in_float64(x64):
     np.testing.assert_allclose(state.max_norms, [0.1, 0.1], rtol=1e-15)
 
 
+@pytest.mark.parametrize("size", [1e-300, 1.0, 1e300])
+def test_complex128_is_measured_and_clipped_in_its_own_precision(size, x64):
+    third = size / 3
+    alone = {"z": jnp.array([third * (1 + 2j), third * 2j])}
+    clipped, _ = oc.clip_by_global_norm(third).update(alone, None)
+    assert clipped["z"].dtype == jnp.complex128
+    right = np.array([third * (1 + 2j), third * 2j]) / 3
+    np.testing.assert_allclose(clipped["z"], right, rtol=1e-14)
+    mixed = alone | {"w": jnp.array([0.5], jnp.float32)}
+    leaf_norms = norms.leaf_norms(mixed)
+    assert {x.dtype for x in leaf_norms.values()} == {jnp.dtype("float64")}
+    np.testing.assert_allclose(leaf_norms["z"], size, rtol=1e-14)
+
+
+@pytest.mark.parametrize("norm", [norms.global_norm, norms.leaf_norms])
+@pytest.mark.parametrize(
+    "factor", [factors.rescale, factors.normalize, factors.drop, factors.soften]
+)
+def test_a_traced_nan_as_the_threshold_is_not_hidden(factor, norm):
+    def step(updates, max_norm):
+        return oc.clip_by(norm, max_norm, factor).update(updates, None)[0]
+
+    updates = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1e-3])}
+    clipped = jax.jit(step)(updates, jnp.nan)
+    assert all(np.isnan(x).all() for x in clipped.values())
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 def test_a_non_finite_leaf_spoils_its_own_scope_alone(bad):
     updates = {"a": jnp.array([bad, 1.0]), "b": jnp.array([3.0, 4.0])}

@@ -560,6 +560,14 @@ def test_the_threshold_moves_as_in_the_paper(c, quantile):
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("c", "share"), [(0.1, 0.0), (100.0, 1.0)])
+def test_a_share_outside_of_0_and_1_is_clamped(c, share):
+    # Of a batch said to be smaller than it was, as it is of one drawn at random.
+    seen = seen_of([1.0, 2.0, 3.0, 7.0, 9.0], c)
+    ours = oc.adapt_max_norm(c, seen, quantile=0.75, learning_rate=0.3, batch_size=2)
+    np.testing.assert_allclose(ours, c * np.exp(-0.3 * (share - 0.75)), rtol=1e-6)
+
+
 def test_the_threshold_finds_the_quantile():
     rng = np.random.default_rng(0)
 

@@ -246,6 +246,16 @@ def test_a_mask_says_which_leaves_decay(mask):
     assert helpers.bits(plain) != helpers.bits(expected)
 
 
+def test_a_mask_counts_leaves_that_are_no_floats():
+    mask = {"a_count": True, "b": False, "c": True, "d": False}
+    params = {"a_count": jnp.arange(3)} | {name: jnp.ones(2) for name in "bcd"}
+    tx = oc.stable_adamw(0.5, weight_decay=0.25, mask=mask)
+    updates = jax.tree.map(jnp.zeros_like, params)
+    clipped, _ = tx.update(updates, tx.init(params), params)
+    np.testing.assert_array_equal(clipped["c"], -0.5 * 0.25 * np.ones(2))
+    assert not clipped["b"].any() and not clipped["d"].any()
+
+
 def test_summary_shows_the_rms_and_the_factor():
     params = {"a": PARAMS, "b": PARAMS}
     *_, state = updates_of({"a": history(8), "b": history(9)}, params)

@@ -675,6 +675,11 @@ def test_a_streaming_quantile_is_that_of_the_paper(quantile):
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
+def test_a_norm_as_large_as_the_estimate_is_inside():
+    limits = limits_of(thresholds.streaming_quantile(0.25, 0.5, 2.0), [2.0, 0.0])
+    np.testing.assert_allclose(limits, [2.0, 2.0 * np.exp(-0.5 * 0.75)], rtol=1e-6)
+
+
 def test_a_streaming_quantile_clips_the_rest():
     sizes = np.random.default_rng(1).lognormal(size=3000).astype(np.float32)
     limits = limits_of(thresholds.streaming_quantile(0.8, 0.05, 1e-3), sizes)

@@ -1,0 +1,297 @@
+"""Plants faults in the package, one at a time, and lists those that no test sees.
+
+    python tests/mutate.py --each 3 --seed 0 [MODULE ...]
+
+A fault is a comparison, a sign, a constant, a condition or two arguments changed in one
+place, chosen by the seed. Each runs with the tests of its module, in a copy; a minute
+or two if it survives. What is listed changes nothing, or lacks a test.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+ROWS = "names_the_defaults or first_step or nan_makes or bit_for_bit or eager or stat"
+CONTRACT = ["tests/test_docs.py", "tests/test_contract.py"]
+CONTRACT += ["-k", f"({ROWS}) and not 16 and not 64 and not 8"]
+ONE_DEVICE = ["tests/test_one_device.py"]
+# Imported once, for it takes as long as most tests; none of them runs anything.
+LIBRARIES = ("pytest", "chex", "flax.linen", "orbax.checkpoint")
+
+# The tests of each module, the quickest first. Of all others it is the contract.
+TESTS = {
+    "_acclip": "elements",
+    "_adapt": "per_example",
+    "_attention": "weights",
+    "_averages": "rules thresholds product",
+    "_checks": "errors rules thresholds weights per_example",
+    "_clippy": "weights",
+    "_clips": "clips errors",
+    "_cotangent_stats": "layers cotangents",
+    "_cotangents": "cotangents numerics",
+    "_deviations": "thresholds rules product",
+    "_engine": "clips errors thresholds",
+    "_example_clips": "per_example",
+    "_examples": "per_example",
+    "_formulas": "norms platforms numerics meshes",
+    "_guards": "guards faults",
+    "_inputs": "guards faults",
+    "_layers": "layers",
+    "_leaf_rules": "weights rules",
+    "_leaves": "errors norms elements weights numerics",
+    "_limits": "errors thresholds rules clips",
+    "_matrices": "matrices",
+    "_memories": "elements wrappers",
+    "_mesh": "meshes",
+    "_moments": "rules thresholds product",
+    "_multiply": "numerics clips",
+    "_paths": "paths errors",
+    "_per_example": "per_example",
+    "_quantiles": "thresholds product",
+    "_reduce": "norms platforms numerics",
+    "_robust": "robust",
+    "_rules": "rules",
+    "_scopes": "norms numerics platforms",
+    "_selection": "selection",
+    "_skips": "guards faults",
+    "_spam": "elements",
+    "_spectra": "matrices",
+    "_spectral_norm": "matrices",
+    "_splits": "meshes",
+    "_stable_adamw": "stable_adamw",
+    "_stable_spam": "rules elements",
+    "_state": "clips summary platforms",
+    "_summary": "summary errors",
+    "_sums": "meshes",
+    "_units": "platforms clips",
+    "_values": "clips errors numerics",
+    "_weights": "weights",
+    "_wrappers": "wrappers",
+    "_z_score": "rules product",
+    "factors": "clips numerics",
+    "norms": "norms errors paths",
+    "thresholds": "thresholds product",
+}
+SWAPS = {
+    **{ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"},
+    **{ast.Eq: "!=", ast.NotEq: "==", ast.In: "not in", ast.NotIn: "in"},
+    **{ast.Is: "is not", ast.IsNot: "is", ast.And: "or", ast.Or: "and"},
+    **{ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*"},
+    **{ast.FloorDiv: "/", ast.Mod: "*", ast.BitAnd: "|", ast.BitOr: "&"},
+}
+NAMES = {
+    **{"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum"},
+    **{"any": "all", "all": "any", "psum": "pmax", "pmax": "psum", "sum": "max"},
+    **{"argsort": "asarray", "sorted": "list", "floor": "ceil", "expm1": "exp"},
+    **{"isfinite": "isinf", "isnan": "isinf", "zeros_like": "ones_like"},
+    **{"ones_like": "zeros_like", "exp": "expm1", "square": "abs"},
+}
+
+
+IGNORED = ("strict", "inline", "static", "static_argnums")  # no result hangs on them
+
+
+class Fault(NamedTuple):
+    """Bytes `start` to `end` of a module, replaced."""
+
+    module: str
+    start: int
+    end: int
+    new: bytes
+
+    def planted(self, source: bytes) -> bytes:
+        return source[: self.start] + self.new + source[self.end :]
+
+    def __str__(self) -> str:
+        source = (ROOT / "optaxclip" / f"{self.module}.py").read_bytes()
+        line = source[: self.start].count(b"\n") + 1
+        lines = [x.splitlines()[line - 1] for x in (source, self.planted(source))]
+        old, new = (x.decode().strip() for x in lines)
+        return f"{self.module}.py:{line}\n    - {old}\n    + {new}"
+
+
+class Places:
+    """Where in a source the nodes of its tree are, in bytes."""
+
+    def __init__(self, source: bytes):
+        self.source = source
+        lengths = [len(line) for line in source.splitlines(keepends=True)]
+        self.lines = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+
+    def of(self, node) -> tuple[int, int]:
+        start = self.lines[node.lineno - 1] + node.col_offset
+        return start, self.lines[node.end_lineno - 1] + node.end_col_offset
+
+    def text(self, node) -> bytes:
+        start, end = self.of(node)
+        return self.source[start:end]
+
+    def between(self, left, right, new: str) -> tuple[int, int, bytes]:
+        """The operator between two nodes, perhaps with brackets around it."""
+        start, end = self.of(left)[1], self.of(right)[0]
+        gap = self.source[start:end]
+        token = gap.strip(b" ()\n")
+        at = start + gap.index(token)
+        return at, at + len(token), new.encode()
+
+
+def code(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that decide what is computed: no messages, types and decorators."""
+    for name, value in ast.iter_fields(tree):
+        if name in ("annotation", "returns", "decorator_list", "exc", "msg"):
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if not isinstance(node, ast.AST) or isinstance(node, ast.JoinedStr):
+                continue
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            if isinstance(node, ast.keyword) and node.arg in IGNORED:
+                continue
+            yield node
+            yield from code(node)
+
+
+def changes(node: ast.AST, at: Places) -> Iterator[tuple[int, int, bytes]]:
+    """What may be wrong about a node: where, and what would be there."""
+    match node:
+        case ast.Compare(left=left, ops=ops, comparators=others):
+            for a, op, b in zip([left, *others], ops, others, strict=False):
+                yield at.between(a, b, SWAPS[type(op)])
+        case ast.BinOp(left=a, op=op, right=b) if type(op) in SWAPS:
+            yield at.between(a, b, SWAPS[type(op)])
+        case ast.BoolOp(op=op, values=[a, b, *_]):
+            yield at.between(a, b, SWAPS[type(op)])
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=x):
+            yield *at.of(node), at.text(x)
+        case ast.Constant(value=bool(x)):
+            yield *at.of(node), str(not x).encode()
+        case ast.Constant(value=int(x) | float(x)):
+            other = x + 1 if isinstance(x, int) else 2 * x or 1.0
+            yield *at.of(node), str(other).encode()
+        case ast.Attribute(attr=name) if name in NAMES:
+            end = at.of(node)[1]
+            yield end - len(name), end, NAMES[name].encode()
+        case ast.Name(id=name) if name in NAMES:
+            yield *at.of(node), NAMES[name].encode()
+        case ast.If(test=x) | ast.IfExp(test=x) | ast.comprehension(ifs=[x]):
+            yield *at.of(x), b"not (" + at.text(x) + b")"
+        case ast.Call(func=ast.Attribute(attr="where"), args=[_, a, b]):
+            middle = at.source[at.of(a)[1] : at.of(b)[0]]
+            yield at.of(a)[0], at.of(b)[1], at.text(b) + middle + at.text(a)
+
+
+def faults(module: str) -> list[Fault]:
+    source = (ROOT / "optaxclip" / f"{module}.py").read_bytes()
+    at = Places(source)
+    every = [c for node in code(ast.parse(source)) for c in changes(node, at)]
+    return [Fault(module, *change) for change in dict.fromkeys(every)]
+
+
+def run(arguments: list[str], copy: Path, log: Path, limit: float) -> str:
+    """Runs pytest in a child, which has imported JAX already: died, survived, slow."""
+    if not (child := os.fork()):
+        status = 1
+        try:
+            os.setsid()
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            os.chdir(copy)
+            sys.path[:0] = [str(copy)]
+            options = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
+            status = int(importlib.import_module("pytest").main(options))
+        finally:
+            sys.stdout.flush()
+            traceback.print_exc()
+            os._exit(status)  # whatever happens, here is no way out of the `with`
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "survived" if status == 0 else "died"
+        time.sleep(0.1)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "slow"
+
+
+def stages(module: str) -> list[list[str]]:
+    own = [f"tests/test_{name}.py" for name in TESTS.get(module, "").split()]
+    doctest = f"optaxclip/{module}.py"
+    return [[doctest, *own[:1]], *([x] for x in own[1:]), CONTRACT, ONE_DEVICE]
+
+
+def verdict(fault: Fault, folder: Path, limit: float, passed: list) -> str:
+    """Runs the stages one after the other until one sees the fault.
+
+    Raises:
+      AssertionError: one fails without a fault.
+    """
+    target = folder / "copy" / "optaxclip" / f"{fault.module}.py"
+    source = target.read_bytes()
+    log = folder / "log.txt"
+    for stage in stages(fault.module):
+        if stage not in passed:
+            found = run(stage, folder / "copy", log, limit)
+            assert found == "survived", log.read_text()
+            passed.append(stage)
+        target.write_bytes(fault.planted(source))
+        found = run(stage, folder / "copy", log, limit)
+        target.write_bytes(source)
+        if found != "survived":
+            return found
+    return "survived"
+
+
+def prepared(folder: Path) -> None:
+    """Copies the package, keeps compiled kernels, imports what all tests need."""
+    ignore = shutil.ignore_patterns(".*", "results", "__pycache__")
+    shutil.copytree(ROOT, folder / "copy", ignore=ignore)
+    os.environ |= {
+        "PYTHONPATH": str(folder / "copy"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "kernels"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    sys.dont_write_bytecode = True
+    for library in LIBRARIES:
+        importlib.import_module(library)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", default=list(TESTS))
+    parser.add_argument("--each", type=int, default=3, help="faults of a module")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=900, help="seconds of a stage")
+    options = parser.parse_args()
+    count = survived = 0
+    passed = []  # without a fault
+    with tempfile.TemporaryDirectory() as name:
+        prepared(folder := Path(name))
+        for module in options.modules:
+            every = faults(module)
+            draw = random.Random(f"{options.seed} {module}")
+            for fault in draw.sample(every, min(options.each, len(every))):
+                start = time.monotonic()
+                found = verdict(fault, folder, options.limit, passed)
+                seconds = time.monotonic() - start
+                print(f"{found} after {seconds:.0f} s: {fault}", flush=True)
+                count, survived = count + 1, survived + (found == "survived")
+    print(f"{count} faults, {survived} survived")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Plants faults in the package, one at a time, and lists those that no test sees.
 
-    python tests/mutate.py --each 3 --seed 0 [MODULE ...]
+    python tests/mutate.py [--each 3] [--seed 0] [--own] [MODULE ...]
 
 A fault is a comparison, a sign, a constant, a condition or two arguments changed in one
 place, chosen by the seed. Each runs with the tests of its module, in a copy; a minute
@@ -27,6 +27,7 @@ ROWS = "names_the_defaults or first_step or nan_makes or bit_for_bit or eager or
 CONTRACT = ["tests/test_docs.py", "tests/test_contract.py"]
 CONTRACT += ["-k", f"({ROWS}) and not 16 and not 64 and not 8"]
 ONE_DEVICE = ["tests/test_one_device.py"]
+LIMIT = 900  # seconds of one of these
 # Imported once, for it takes as long as most tests; none of them runs anything.
 LIBRARIES = ("pytest", "chex", "flax.linen", "orbax.checkpoint")
 
@@ -199,7 +200,7 @@ def faults(module: str) -> list[Fault]:
     return [Fault(module, *change) for change in dict.fromkeys(every)]
 
 
-def run(arguments: list[str], copy: Path, log: Path, limit: float) -> str:
+def run(arguments: list[str], copy: Path, log: Path) -> str:
     """Runs pytest in a child, which has imported JAX already: died, survived, slow."""
     if not (child := os.fork()):
         status = 1
@@ -215,7 +216,7 @@ def run(arguments: list[str], copy: Path, log: Path, limit: float) -> str:
             sys.stdout.flush()
             traceback.print_exc()
             os._exit(status)  # whatever happens, here is no way out of the `with`
-    end = time.monotonic() + limit
+    end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -226,14 +227,15 @@ def run(arguments: list[str], copy: Path, log: Path, limit: float) -> str:
     return "slow"
 
 
-def stages(module: str) -> list[list[str]]:
+def stages(module: str, own_only: bool) -> list[list[str]]:
     own = [f"tests/test_{name}.py" for name in TESTS.get(module, "").split()]
     doctest = f"optaxclip/{module}.py"
-    return [[doctest, *own[:1]], *([x] for x in own[1:]), CONTRACT, ONE_DEVICE]
+    wide = [] if own_only else [CONTRACT, ONE_DEVICE]
+    return [[doctest, *own[:1]], *([x] for x in own[1:]), *wide]
 
 
-def verdict(fault: Fault, folder: Path, limit: float, passed: list) -> str:
-    """Runs the stages one after the other until one sees the fault.
+def verdict(fault: Fault, stages: list, passed: list, folder: Path) -> str:
+    """Runs some stages one after the other until one sees the fault.
 
     Raises:
       AssertionError: one fails without a fault.
@@ -241,13 +243,13 @@ def verdict(fault: Fault, folder: Path, limit: float, passed: list) -> str:
     target = folder / "copy" / "optaxclip" / f"{fault.module}.py"
     source = target.read_bytes()
     log = folder / "log.txt"
-    for stage in stages(fault.module):
+    for stage in stages:
         if stage not in passed:
-            found = run(stage, folder / "copy", log, limit)
+            found = run(stage, folder / "copy", log)
             assert found == "survived", log.read_text()
             passed.append(stage)
         target.write_bytes(fault.planted(source))
-        found = run(stage, folder / "copy", log, limit)
+        found = run(stage, folder / "copy", log)
         target.write_bytes(source)
         if found != "survived":
             return found
@@ -275,7 +277,7 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(TESTS))
     parser.add_argument("--each", type=int, default=3, help="faults of a module")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=900, help="seconds of a stage")
+    parser.add_argument("--own", action="store_true", help="run no contract")
     options = parser.parse_args()
     count = survived = 0
     passed = []  # without a fault
@@ -286,7 +288,8 @@ def main() -> None:
             draw = random.Random(f"{options.seed} {module}")
             for fault in draw.sample(every, min(options.each, len(every))):
                 start = time.monotonic()
-                found = verdict(fault, folder, options.limit, passed)
+                some = stages(module, options.own)
+                found = verdict(fault, some, passed, folder)
                 seconds = time.monotonic() - start
                 print(f"{found} after {seconds:.0f} s: {fault}", flush=True)
                 count, survived = count + 1, survived + (found == "survived")

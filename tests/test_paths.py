@@ -6,11 +6,13 @@ Every leaf is 1000, so the clipped value tells which pattern won.
 import collections
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 from helpers import oc
+from optaxclip import _paths
 
 pytestmark = pytest.mark.usefixtures("strict_shapes")
 
@@ -118,6 +120,15 @@ def test_two_equally_specific_patterns_on_one_leaf_raise():
     assert "'kernel'" in str(error.value)
 
 
+@pytest.mark.parametrize(("count", "more"), [(20, r"\]\.$"), (23, r"\] and 3 more\.$")])
+def test_a_pattern_that_matches_nothing_is_told_what_there_is(count, more):
+    tree = tree_of([f"layer_{i:02}" for i in range(count)])
+    with pytest.raises(
+        ValueError, match=rf"leaves are \['layer_00', .*'layer_19'{more}"
+    ):
+        winners({"head": 1.0, "**": 2.0}, tree)
+
+
 def test_equally_specific_patterns_on_different_leaves_are_fine():
     seen = winners({"head": 1.0, "mlp": 2.0, "**": 3.0}, tree_of(MODEL))
     assert seen["head/kernel"] == 1.0
@@ -162,6 +173,16 @@ def test_a_pattern_does_not_see_the_value_key_of_a_box():
     bare_out, _ = clip.update(bare, clip.init(boxed))
     assert jax.tree.map(float, bare_out) == {"kernel": 1.0, "bias": 2.0}
     assert float(boxed_out["kernel"]["value"]) == 1.0
+
+
+def test_boxed_leaves_of_one_module_are_one_layer():
+    boxes = {name: nn.Partitioned(jnp.ones(2), ("x",)) for name in ("bias", "kernel")}
+    tree = {"dense": boxes, "head": nn.Partitioned(jnp.ones(3), ("x",))}
+    clip = oc.clip_by_group_norm(1.0)
+    _, state = clip.update(tree, clip.init(tree))
+    assert [round(float(x) ** 2) for x in state.norms] == [4, 3]
+    names = {"dense": {"bias": jnp.ones(2), "kernel": jnp.ones(2)}, "head": jnp.ones(3)}
+    assert _paths.paths(tree) == _paths.paths(names)
 
 
 def test_a_leaf_that_is_called_value_keeps_its_name():

@@ -392,6 +392,14 @@ def test_complex_updates_are_measured_by_their_modulus(scale):
     np.testing.assert_allclose(clipped["w"], expected, rtol=1e-5)
 
 
+def test_an_element_that_may_not_move_and_does_not_has_no_ratio():
+    # Beside one whose ratio, 2e35, is measured from an update that is scaled down.
+    updates = {"w": jnp.array([0.0, 1e15])}
+    params = {"w": jnp.array([0.0, 1e-20])}
+    clipped, _ = step(oc.clippy(0.5, 0.0), updates, params)
+    np.testing.assert_allclose(clipped["w"], [0.0, 5e-21], rtol=1e-6)
+
+
 def test_clippy_after_the_learning_rate_bounds_what_is_applied():
     updates, params = helpers.updates_and_params(scale=100.0)
     tx = optax.chain(optax.sgd(0.3), oc.clippy(0.1, 1e-3))

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import helpers
@@ -483,6 +484,36 @@ def test_the_state_keeps_its_types_under_x64(rule, x64):
 # --------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: thresholds.window_percentile(0, 2),
+        lambda: thresholds.window_percentile(100, 2),
+        lambda: thresholds.streaming_quantile(0, 0),
+        lambda: thresholds.streaming_quantile(1),
+        lambda: thresholds.within_band(1, 1, decay=0),
+        lambda: thresholds.z_score(0, 0, 2, max_norm=0),
+        lambda: thresholds.mean_plus_std(0, decay=0, warmup_steps=0),
+        lambda: oc.adagc(0, 0, 0, 0),
+        lambda: oc.spam_clip(0, 0, warmup_steps=0, reset_every=1),
+        lambda: oc.reset_momentum(optax.sgd(1.0), every=1, warmup_steps=0),
+        lambda: oc.stable_adamw(0.0, b1=0, b2=0, eps=0),
+        lambda: oc.acclip(0, 0, 0),
+        lambda: oc.qk_clip(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), jnp.ones(2), 0, 0),
+        lambda: oc.qk_clip(jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1)), jnp.ones(2), 1, 1),
+        lambda: oc.adapt_max_norm(0, seen(), quantile=0, learning_rate=0),
+        lambda: oc.adapt_max_norm(1, seen(), quantile=1),
+    ],
+)
+def test_a_number_at_the_end_of_its_range_is_taken(build):
+    build()
+
+
+def seen():
+    grad_fn = oc.per_example_clipped_grad(lambda params, x: params * x, 1.0)
+    return grad_fn(1.0, jnp.ones(2))[1]
 
 
 @pytest.mark.parametrize(

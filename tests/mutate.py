@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-ROWS = "names_the_defaults or first_step or nan_makes or bit_for_bit or eager or stat"
-CONTRACT = ["tests/test_docs.py", "tests/test_contract.py"]
-CONTRACT += ["-k", f"({ROWS}) and not 16 and not 64 and not 8"]
+DEFAULTS = ["tests/test_docs.py", "-k", "names_the_defaults"]
+ROWS = "first_step or nan_makes or bit_for_bit or eager or statistics"
+CONTRACT = ["tests/test_contract.py", "-k", f"({ROWS}) and not 16 and not 64 and not 8"]
 ONE_DEVICE = ["tests/test_one_device.py"]
 LIMIT = 900  # seconds of one of these
 # Imported once, for it takes as long as most tests; none of them runs anything.
@@ -56,11 +56,11 @@ TESTS = {
     "_matrices": "matrices",
     "_memories": "elements wrappers",
     "_mesh": "meshes",
-    "_moments": "rules thresholds product",
+    "_moments": "moments rules thresholds product",
     "_multiply": "numerics clips",
     "_paths": "paths errors",
     "_per_example": "per_example",
-    "_quantiles": "thresholds product",
+    "_quantiles": "thresholds rules product",
     "_reduce": "norms platforms numerics",
     "_robust": "robust",
     "_rules": "rules",
@@ -231,7 +231,7 @@ def stages(module: str, own_only: bool) -> list[list[str]]:
     own = [f"tests/test_{name}.py" for name in TESTS.get(module, "").split()]
     doctest = f"optaxclip/{module}.py"
     wide = [] if own_only else [CONTRACT, ONE_DEVICE]
-    return [[doctest, *own[:1]], *([x] for x in own[1:]), *wide]
+    return [[doctest, *own[:1]], DEFAULTS, *([x] for x in own[1:]), *wide]
 
 
 def verdict(fault: Fault, stages: list, passed: list, folder: Path) -> str:

@@ -248,6 +248,26 @@ def test_inside_scan_the_state_of_units_is_a_valid_carry():
     assert list(state.clipped_count) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_state_of_units_shows_the_nan_of_any_device(place):
+    specs, mesh = LAYOUTS["mixed"], grid()
+    clip = oc.over_axes(oc.adaptive_grad_clip(0.1), specs)
+    updates, params = case()
+    kernel = updates["dense"]["kernel"].at[place, place].set(jnp.nan)
+    updates = updates | {"dense": updates["dense"] | {"kernel": kernel}}
+    mapped = jax.shard_map(
+        lambda u, p: first_step(clip, u, p)[1],
+        mesh=mesh,
+        in_specs=(specs, specs),
+        out_specs=P(),
+    )
+    state = jax.jit(mapped)(updates, params)
+    expected = first_step(oc.adaptive_grad_clip(0.1), updates, params)[1]
+    assert np.isnan(expected.norms).tolist() == [False, True, False]
+    for ours, right in zip(state[1:4], expected[1:4], strict=True):
+        np.testing.assert_allclose(ours, right, rtol=1e-6)
+
+
 def unsharded_state(clip):
     return first_step(clip, *case())[1]
 

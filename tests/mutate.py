@@ -40,7 +40,7 @@ TESTS = {
     "_checks": "errors rules thresholds weights per_example",
     "_clippy": "weights",
     "_clips": "clips errors",
-    "_cotangent_stats": "layers cotangents",
+    "_cotangent_stats": "cotangents layers",
     "_cotangents": "cotangents numerics",
     "_deviations": "thresholds rules product",
     "_engine": "clips errors thresholds",
@@ -206,15 +206,17 @@ def run(arguments: list[str], copy: Path, log: Path) -> str:
         status = 1
         try:
             os.setsid()
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
-                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+                os.dup2(out, stream)
             os.chdir(copy)
             sys.path[:0] = [str(copy)]
             options = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
             status = int(importlib.import_module("pytest").main(options))
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
-            traceback.print_exc()
             os._exit(status)  # whatever happens, here is no way out of the `with`
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import helpers
 from helpers import oc
+from optaxclip import _spectra
 
 # --------------------------------------------------------------------------------------
 # The equations in NumPy, float64
@@ -508,6 +509,16 @@ def test_a_negative_threshold_raises(name):
     what = "max_value" if name == "values" else "max_norm"
     with pytest.raises(ValueError, match=f"Expected {what} >= 0, got -1"):
         RULES[name][0](-1.0)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 3e-20, 0.7, 1.0, 3e38])
+def test_matrices_are_decomposed_in_units_of_a_power_of_two(size):
+    # So that what is decomposed has the digits of the matrix, and squares in range.
+    matrix = size * jnp.array([[1.0, 0.3], [-0.1, 0.7]])
+    x, unit = _spectra.scaled(matrix)
+    assert np.frexp(np.asarray(unit))[0] == 0.5
+    np.testing.assert_array_equal(np.float64(x) * np.float64(unit), np.float64(matrix))
+    assert 2.0**-35 <= np.max(np.abs(x)) <= 2.0**35 or size == 0
 
 
 @pytest.mark.parametrize("num_steps", [0, 1.5, True])

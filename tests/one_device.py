@@ -134,7 +134,7 @@ def test_dozens_of_groups_in_any_order_have_their_own_norms():
     draw = np.random.default_rng(0)
     sizes = draw.choice([1, 3, 4, LIMIT - 1, LIMIT], size=60)
     groups = draw.permutation(np.arange(60) % 23)
-    leaves = [np.float32(draw.normal(size=size)) for size in sizes]
+    leaves = [draw.normal(size=size).astype(np.float32) for size in sizes]
     clip: Any = oc.clip_by_group_norm(1.0, lambda _: [f"{g:02d}" for g in groups])
     clipped, state = jax.jit(clip.update)(leaves, clip.init(leaves))
     members = [[leaves[i] for i in where(groups, own)] for own in range(23)]

@@ -4,6 +4,7 @@ A norm that is zero or not finite enters no history: the loops skip it.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -388,7 +389,7 @@ def test_the_cap_of_zclip_does_not_enter_its_mean():
     free, capped = (allowed(oc.zclip(2.5, 0.5, 20, cap), spikes) for cap in (np.inf, 3))
     np.testing.assert_array_equal(capped, np.minimum(free, 3))
     rule = thresholds.z_score(2.5, 0.5, 20, max_norm=2.0)
-    state = rule.init(jnp.zeros(()))
+    state: Any = rule.init(jnp.zeros(()))
     for size in spikes:
         _, state = rule.update(jnp.float32(size), state)
     assert state.means > 2.5

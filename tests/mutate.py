@@ -276,7 +276,9 @@ def prepared(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("modules", nargs="*", default=list(TESTS))
+    every = sorted(path.stem for path in (ROOT / "optaxclip").glob("[!_]*.py"))
+    every += sorted(path.stem for path in (ROOT / "optaxclip").glob("_[!_]*.py"))
+    parser.add_argument("modules", nargs="*", default=every)
     parser.add_argument("--each", type=int, default=3, help="faults of a module")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--own", action="store_true", help="run no contract")
@@ -286,15 +288,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         prepared(folder := Path(name))
         for module in options.modules:
-            every = faults(module)
+            found = faults(module)
             draw = random.Random(f"{options.seed} {module}")
-            for fault in draw.sample(every, min(options.each, len(every))):
+            for fault in draw.sample(found, min(options.each, len(found))):
                 start = time.monotonic()
                 some = stages(module, options.own)
-                found = verdict(fault, some, passed, folder)
+                result = verdict(fault, some, passed, folder)
                 seconds = time.monotonic() - start
-                print(f"{found} after {seconds:.0f} s: {fault}", flush=True)
-                count, survived = count + 1, survived + (found == "survived")
+                print(f"{result} after {seconds:.0f} s: {fault}", flush=True)
+                count, survived = count + 1, survived + (result == "survived")
     print(f"{count} faults, {survived} survived")
 
 

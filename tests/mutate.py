@@ -61,7 +61,7 @@ TESTS = {
     "_paths": "paths errors",
     "_per_example": "per_example",
     "_quantiles": "thresholds rules product",
-    "_reduce": "norms platforms numerics",
+    "_reduce": "norms platforms numerics meshes",
     "_robust": "robust",
     "_rules": "rules",
     "_scopes": "norms numerics platforms",

@@ -135,7 +135,7 @@ def skip_if_spike(
     norm: _scopes.Norm | None = norms.global_norm,
     threshold: Threshold = _SIX_SIGMA,
     max_consecutive: int | float = 10,
-    accept_after: int | float = 10,
+    accept_after: int | float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips the steps whose norm is above a threshold, or not finite.
 
@@ -151,10 +151,10 @@ def skip_if_spike(
         were taken, as they came.
       * A spike does not raise its own threshold: a rule is asked before it sees the
         norm of this step, and the first step always passes.
-      * What has come to stay is accepted. After ``accept_after`` skips of finite steps
-        in a row such steps are taken, and enter the history, until one is below the
-        threshold: so a guard can't stop training for ever. What is not finite is never
-        accepted, and doesn't count for this.
+      * What a rule takes for a spike, and has come to stay, is accepted: after
+        ``accept_after`` skips of finite steps in a row such steps are taken, and enter
+        the history, until one is below the threshold. A number and a schedule are never
+        given up by themselves. What is not finite is never accepted, and doesn't count.
       * What comes out of ``inner`` has to be finite as well, as it has there.
 
     Args:
@@ -168,8 +168,7 @@ def skip_if_spike(
       max_consecutive: steps skipped in a row that raise the alarm; ``jnp.inf`` for
         none.
       accept_after: finite steps skipped in a row before one is accepted; ``jnp.inf`` to
-        accept none ever, as where the threshold says which steps are forbidden. A loop
-        that goes back to a checkpoint on the alarm never sees one accepted either.
+        accept none ever. None is 10 for a rule, and never for numbers and schedules.
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`GuardState`.
@@ -232,8 +231,16 @@ def skip_if_spike(
             names = _scopes.names(formula, leaves)
         return zeros.norms, _limits.init(limit, zeros, leaves), names
 
+    if accept_after is None:
+        accept_after = 10 if _is_learnt(threshold) else jnp.inf
     patience = _skips.patience(max_consecutive, accept_after)
     return guard(inner, patience, init_rule, judge)
+
+
+def _is_learnt(threshold: Any) -> bool:
+    if isinstance(threshold, Mapping):
+        return any(map(_is_learnt, threshold.values()))
+    return isinstance(threshold, optax.GradientTransformation)
 
 
 def _by_the_past(threshold: Any) -> Any:

@@ -4,7 +4,9 @@ Wrappers blend states by arithmetic, `(1 - b) * x + b * y`, as `optax.contrib.sa
 an infinity times zero would be NaN. `jax.debug_infs` takes any infinity for a fault.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -89,15 +91,15 @@ INNER = {
 def test_a_clip_within_sam_trains(name):
     inner = optax.chain(INNER[name](), optax.sgd(0.1))
     tx = optax.contrib.sam(inner, optax.sgd(0.05), sync_period=2, opaque_mode=False)
-    params = {"a": jnp.ones(4)}
-    state = tx.init(params)
-    start = 5 * jnp.sum((params["a"] - 2) ** 2)
+    weights = jnp.ones(4)
+    state = tx.init({"a": weights})
     for _ in range(8):
-        grads = {"a": 10 * (params["a"] - 2)}
+        grads, params = {"a": 10 * (weights - 2)}, {"a": weights}
         updates, state = tx.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        (step,) = jax.tree.leaves(updates)
+        weights = weights + step
     chex.assert_tree_all_finite(state)
-    assert 5 * jnp.sum((params["a"] - 2) ** 2) < 0.8 * start
+    assert jnp.sum((weights - 2) ** 2) < 0.8 * 4
 
 
 OPTAX_OR_A_SCHEDULE = {
@@ -166,7 +168,8 @@ def test_a_clip_of_leaves_that_is_off_copies_no_gradient():
     clip = oc.clip_by_leaf_norm(jnp.inf)
     step = jax.jit(clip.update, donate_argnums=(0, 1))
     memory = step.lower(tree, clip.init(tree)).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 128 * 128 * 4
+    assert memory is not None
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in tree.values()) / 2
 
 
 # --------------------------------------------------------------------------------------
@@ -202,13 +205,11 @@ def test_a_factor_and_labels_of_ones_own_are_read_at_every_call():
     np.testing.assert_allclose(grouped.update(tree, None)[0]["a"], [1.0])
 
 
+@dataclasses.dataclass
 class Scaled:
-    """A callable without a hash, as a dataclass or an Equinox module with arrays is."""
+    """A callable without a hash, like an Equinox module with arrays."""
 
-    __hash__ = None
-
-    def __init__(self, scale):
-        self.scale = scale
+    scale: Any
 
     def __call__(self, first, second=None):
         if second is None:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import helpers
 from helpers import oc
-from optaxclip import _mesh, _outcomes, norms, summary
+from optaxclip import _mesh, _outcomes, norms, summary, thresholds
 
 bits = helpers.bits
 PARAMS = {"a": np.array([1.0, -0.0, 2.0], np.float32), "b": np.ones(2, np.float32)}
@@ -468,10 +468,23 @@ def taken_by(tx, sizes):
     return list(np.flatnonzero(is_taken)), state
 
 
-def test_by_default_what_has_come_to_stay_is_accepted_after_ten_steps():
-    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=2.0)
-    is_taken, state = taken_by(tx, [9.0] * 12)
-    assert is_taken == [10, 11]
+def test_by_default_a_rule_accepts_what_has_come_to_stay_after_ten_steps():
+    rule = thresholds.mean_plus_std(1.0, window=4)
+    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=rule)
+    is_taken, _ = taken_by(tx, [1.0, *([9.0] * 12)])
+    assert is_taken == [0, 11, 12]
+
+
+def at_most_two(count):
+    del count
+    return 2.0
+
+
+@pytest.mark.parametrize("limit", [2.0, at_most_two, {"**": 2.0}], ids=type)
+def test_by_default_a_number_and_a_schedule_are_never_given_up(limit):
+    tx = oc.skip_if_spike(optax.sgd(1.0), threshold=limit)
+    is_taken, state = taken_by(tx, [9.0] * 30)
+    assert is_taken == []
     assert bool(state.alarm)
 
 
@@ -636,7 +649,9 @@ def test_strict_promotion_is_kept(guard):
         jax.jit(oc.keep_if_skipped)(state, grads, updates)
 
 
-@pytest.mark.parametrize("tx", [oc.zero_nonfinite(), oc.unscale(8.0)], ids=str)
+@pytest.mark.parametrize(
+    "tx", [oc.zero_nonfinite(), oc.unscale(8.0)], ids=["zero", "unscale"]
+)
 def test_what_goes_before_a_clip_keeps_it_too(tx):
     with jax.numpy_dtype_promotion("strict"):
         grads = {"a": jnp.ones(2), "b": jnp.ones(3, jnp.bfloat16)}

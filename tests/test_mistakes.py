@@ -352,7 +352,7 @@ def test_labels_that_are_none_raise_with_the_path(labels):
         step(oc.clip_by_group_norm(1.0, labels))
 
 
-@pytest.mark.parametrize("exclude", [None, 3, norms.leaf_norms], ids=repr)
+@pytest.mark.parametrize("exclude", [None, 3, norms.leaf_norms], ids=type)
 def test_exclude_that_is_no_pattern_raises(exclude):
     with pytest.raises(TypeError, match="`exclude` to be a path pattern or several"):
         oc.adaptive_grad_clip(0.1, exclude=exclude)

@@ -28,6 +28,7 @@ NO_RULES = {
     "global_norm": "a norm",
     "keep_if_skipped": "goes by what a guard did",
     "over_axes": "tells a clip how leaves are split",
+    "over_layers": "tells a clip which arrays are stacks of layers",
     "summary": "reads statistics",
 }
 

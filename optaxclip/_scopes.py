@@ -83,7 +83,7 @@ def is_ours(function: Any) -> bool:
     if isinstance(function, functools.partial):
         parts = (function.func, *function.args, *function.keywords.values())
         return all(is_ours(part) for part in parts if callable(part))
-    return getattr(function, "__module__", "").partition(".")[0] == __package__
+    return str(getattr(function, "__module__", "")).partition(".")[0] == __package__
 
 
 def zeros(formula: Formula, leaves: Leaves) -> Measured:

@@ -87,6 +87,10 @@ class Summary(Mapping[str, Any]):
         pairs = zip(parts, fields, strict=True)
         return cls([Part(x, y, columns, z) for (x, y, columns), z in pairs], paths)
 
+    def fetched(self) -> "Summary":
+        """Returns the same on the host: its arrays may be donated before they are read."""
+        return self if self._is_traced else jax.device_get(self)
+
     @functools.cached_property
     def _is_traced(self) -> bool:
         return any(isinstance(x, Tracer) for x in jax.tree.leaves(self))

@@ -254,11 +254,20 @@ def test_without_params_the_culprit_is_a_number():
     assert int(report["guard/culprit/1"]) == 0
 
 
-def test_under_jit_the_culprit_is_a_number():
+def test_inside_of_jit_the_culprit_is_a_number_and_has_its_name_outside():
     state, params = one_bad_step(guarded("sgd")[0], PATHS[1:2])
-    report = jax.jit(summary)(state, params)
+    listed = []
+
+    @jax.jit
+    def read(state, params):
+        report = summary(state, params)
+        listed.extend(report)
+        return report
+
+    report = read(state, params)
     assert int(report["guard/culprit"]) == 1
-    assert not any(key.startswith("guard/culprit/") for key in report)
+    assert not any(key.startswith("guard/culprit/") for key in listed)
+    assert f"guard/culprit/{PATHS[1]}" in report
     assert {key: value.shape for key, value in report.items()} == dict.fromkeys(
         report, ()
     )

@@ -88,7 +88,7 @@ class Summary(Mapping[str, Any]):
         return cls([Part(x, y, columns, z) for (x, y, columns), z in pairs], paths)
 
     def fetched(self) -> "Summary":
-        """Returns the same on the host: its arrays may be donated before they are read."""
+        """Returns the same on the host, before somebody donates its arrays."""
         return self if self._is_traced else jax.device_get(self)
 
     @functools.cached_property

@@ -49,8 +49,8 @@ def summary(opt_state: Any, params: Any = None) -> Summary:
       * ``guard/alarm``: whether these are as many as it was told;
       * ``guard/last_skipped_step``: counted from 0; -1 if none;
       * ``guard/culprit``: number of the first norm that was to blame then, -1 if that
-        was the loss. On the host its path as well, ``guard/culprit/head/bias``, with the
-        step.
+        was the loss. On the host its path as well, ``guard/culprit/head/bias``, with
+        the step.
 
     Log it at every step. Return it from the jitted step as it is: inside of ``jit`` it
     is a pytree of the vectors that the states hold, and adds nothing to the step. On

@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import (
-    _checks,
-    _leaves,
-    _mistakes,
-    _own_norms,
-    factors,
-    norms,
-)
+from optaxclip import _checks, _leaves, _mistakes, _own_norms, factors, norms
 from optaxclip._engine import Threshold, clip_by
 from optaxclip._multiply import multiplied, scope_factors
 

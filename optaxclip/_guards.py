@@ -5,7 +5,6 @@ so would what has momentum. A guard skips the whole step, by selection: 0 times 
 NaN.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from optaxclip import (
     _limits,
     _losses,
     _mistakes,
+    _past,
     _scopes,
     _skips,
     _units,
@@ -201,7 +201,7 @@ def skip_if_spike(
     if norm is not None:
         _mistakes.norm(_checks.function(norm, "norm"))
     formula = None if norm is None else norms.formula(norm)
-    limit = _by_the_past(threshold)
+    limit = _past.by_the_past(threshold)
 
     def measure(leaves: _leaves.Leaves, extra_args: Any) -> _scopes.Measured:
         if formula is not None:
@@ -232,24 +232,9 @@ def skip_if_spike(
         return zeros.norms, _limits.init(limit, zeros, leaves), names
 
     if accept_after is None:
-        accept_after = 10 if _is_learnt(threshold) else jnp.inf
+        accept_after = 10 if _past.is_learnt(threshold) else jnp.inf
     patience = _skips.patience(max_consecutive, accept_after)
     return guard(inner, patience, init_rule, judge)
-
-
-def _is_learnt(threshold: Any) -> bool:
-    if isinstance(threshold, Mapping):
-        return any(map(_is_learnt, threshold.values()))
-    return isinstance(threshold, optax.GradientTransformation)
-
-
-def _by_the_past(threshold: Any) -> Any:
-    """Makes rules go by the steps before this one."""
-    if isinstance(threshold, optax.GradientTransformation):
-        return thresholds.lagged(threshold)
-    if isinstance(threshold, Mapping):
-        return {pattern: _by_the_past(entry) for pattern, entry in threshold.items()}
-    return threshold
 
 
 def _whole(measured: _scopes.Measured) -> _scopes.Measured:

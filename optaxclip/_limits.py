@@ -10,11 +10,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import (
-    _checks,
-    _infinity,
-    _paths,
-)
+from optaxclip import _checks, _infinity, _paths
 from optaxclip._leaves import Leaves
 from optaxclip._scopes import Measured
 from optaxclip._units import EVERYTHING, Packed, Scope, Units, joined

@@ -85,12 +85,9 @@ def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
     Where it knows enough of ``x`` (a constant, a single element) it would otherwise
     compute ``x**2 * scale**2``, which is 0 times infinity.
 
-    Args:
-      x: array.
-      scale: power of two.
-      square: whether the square will be taken. The modulus will do then, and the
-        largest number for an infinity: so a CPU squares and sums in one loop, where it
-        would keep a copy of ``x`` otherwise.
+    Where the square will be taken the modulus will do, and the largest number for an
+    infinity: so a CPU squares and sums in one loop, where it would keep a copy of ``x``
+    otherwise. The scale is a power of two.
     """
     if scale == 1:
         return x

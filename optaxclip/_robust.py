@@ -8,15 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optaxclip import (
-    _checks,
-    _examples,
-    _leaves,
-    _mesh,
-    _splits,
-    factors,
-    norms,
-)
+from optaxclip import _checks, _examples, _leaves, _mesh, _splits, factors, norms
 
 
 class CenteredClip(NamedTuple):

@@ -6,12 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import (
-    _checks,
-    _infinity,
-    _mistakes,
-    _moments,
-)
+from optaxclip import _checks, _infinity, _mistakes, _moments
 from optaxclip._deviations import MeanStdState, fresh
 
 

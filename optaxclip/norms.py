@@ -26,10 +26,11 @@ from optaxclip import (
     _own_norms,
     _scopes,
     _splits,
+    _unit_norms,
     _units,
 )
 
-Axes = _formulas.Axes
+Axes = _unit_norms.Axes
 Labels = _formulas.Labels
 
 
@@ -241,7 +242,7 @@ _FORMULAS: dict[Any, Callable[..., _scopes.Plain]] = {
     global_norm: _formulas.global_norm,
     leaf_norms: _formulas.leaf_norms,
     leaf_rms: _formulas.leaf_rms,
-    unit_norms: _formulas.unit_norms,
+    unit_norms: _unit_norms.unit_norms,
     _exact_group_norms: _formulas.group_norms,
     _exact_excluding: _excluding,
 }

@@ -15,14 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import (
-    _checks,
-    _infinity,
-    _leaves,
-    _mistakes,
-    _scopes,
-    norms,
-)
+from optaxclip import _checks, _infinity, _leaves, _mistakes, _scopes, norms
 from optaxclip._averages import (
     MeanRmsState as MeanRmsState,
     MeanState as MeanState,

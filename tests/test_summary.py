@@ -1,5 +1,7 @@
 """`summary` finds every clip in any optimizer state and names what it reports."""
 
+from typing import Any
+
 import equinox
 import flax.training.train_state
 import jax
@@ -249,9 +251,8 @@ def norms_of(report):
 
 def test_a_batch_axis_raises_also_where_the_counts_agree():
     clip = oc.clip_by_global_norm(1.0)
-    each = optax.GradientTransformation(
-        jax.vmap(clip.init), lambda u, s, p=None: jax.vmap(clip.update)(u, s)
-    )
+    make: Any = optax.GradientTransformation
+    each = make(jax.vmap(clip.init), lambda u, s, p=None: jax.vmap(clip.update)(u, s))
     tx = optax.partition({"b": each, "o": clip}, {"blocks": "b", "embed": "o"})
     with pytest.raises(ValueError, match=r"axis, .*\(3,\).* `jax.vmap\(summary\)`"):
         summary(tx.init(STACKED), STACKED)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optaxclip import _mesh
+from optaxclip import _mesh, _stacks
 from optaxclip._leaves import Leaves
 
 # Of each leaf so many elements decide on the whole step: these are computed twice.
@@ -26,7 +26,7 @@ def like_updates(params: Any) -> Any:
 
 
 def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
-    """Returns for each counted leaf that came in whether something of it broke.
+    """Returns whether something of each counted leaf broke, or of each layer in it.
 
     Args:
       updates: what came out.
@@ -37,20 +37,24 @@ def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
       Booleans, the same on all devices, and one more at their end, for leaves that did
       not come in.
     """
-    places = {i: place for place, i in enumerate(leaves.counted)}
-    rest = len(leaves.counted)
+    *starts, rest = entries(leaves)
+    stacks = dict(zip(leaves.counted, _stacks.of_leaves(leaves), strict=True))
+    places = dict(zip(leaves.counted, starts, strict=True))
     fits = _fits(updates, leaves)
-    found: dict[int, list[tuple[int, jax.Array]]] = {}
+    found: dict[Any, list[tuple[int, jax.Array]]] = {}
     every = zip(jax.tree.leaves(updates), _paired(updates, params), strict=True)
     for i, (update, param) in enumerate(every):
         if _counts(update):
-            place = places.get(i % len(leaves.leaves), rest) if fits else rest
-            flags = _looked_at(update, param)
-            found.setdefault(flags.size, []).append((place, flags))
+            leaf = i % max(len(leaves.leaves), 1)
+            stack = stacks.get(leaf) if fits else None
+            flags = _looked_at(update, param, stack)
+            place = places.get(leaf, rest) if fits else rest
+            found.setdefault(flags.shape, []).append((place, flags))
     flags, own = [], []
-    for some in found.values():  # one kernel for all of one size
-        flags.append(jnp.any(jnp.stack([x for _, x in some]), axis=1))
-        own += [place for place, _ in some]
+    for shape, some in found.items():  # one kernel for all of one size
+        rows = jnp.any(jnp.stack([x for _, x in some]), axis=2)
+        flags.append(rows.reshape(rows.size))
+        own += [place + layer for place, _ in some for layer in range(shape[0])]
     if not flags:
         return jnp.zeros(rest + 1, bool)
     is_own = np.arange(rest + 1)[:, None] == np.array(own)
@@ -59,11 +63,28 @@ def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
     return _mesh.anywhere(flags, manual)
 
 
-def _looked_at(update: Any, param: Any) -> jax.Array:
-    """Returns which elements broke, of those that decide."""
+def entries(leaves: Leaves) -> list[int]:
+    """Returns where the entries of each counted leaf begin, and those of all others."""
+    sizes = [stack.layers if stack else 1 for stack in _stacks.of_leaves(leaves)]
+    return [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+
+
+def _looked_at(update: Any, param: Any, stack: _stacks.Stack | None) -> jax.Array:
+    """Returns which elements broke, of those that decide: a row for each layer."""
+    if stack:
+        update, param = (
+            None if x is None else jnp.moveaxis(x, stack.axis, 0)
+            for x in (update, param)
+        )
+    count = stack.size if stack else 1
     if not _mesh.is_local(jnp.asarray(update)):
-        return jnp.any(_elements(update, param))[None]
-    return _elements(_sample(update), None if param is None else _sample(param))
+        flags = _elements(update, param)
+        axes = tuple(range(1 if stack else 0, flags.ndim))
+        flags = _mesh.replicated(jnp.any(flags, axis=axes)).reshape(count, 1)
+    else:
+        rows = _sample(update, count)
+        flags = _elements(rows, None if param is None else _sample(param, count))
+    return stack.every(flags.T).T if stack else flags
 
 
 def held(updates: Any, params: Any) -> Any:
@@ -111,10 +132,10 @@ def _fits(updates: Any, leaves: Leaves) -> bool:
     return jax.tree.structure(updates) == leaves.treedef
 
 
-def _sample(x: Any) -> jax.Array:
+def _sample(x: Any, rows: int) -> jax.Array:
     """Returns all elements of a small leaf, and some of a large one, evenly spread."""
-    flat = jnp.reshape(x, -1)
-    return flat[:: max(1, math.ceil(flat.size / LOOKED_AT))]
+    flat = jnp.reshape(x, (rows, -1))
+    return flat[:, :: max(1, math.ceil(flat.shape[1] / LOOKED_AT))]
 
 
 def _counts(x: Any) -> bool:

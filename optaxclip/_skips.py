@@ -1,5 +1,6 @@
 """A step that is undone where somebody objects to it, and how that is counted."""
 
+import collections
 import functools
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from optaxclip import (
     _names,
     _outcomes,
     _selection,
+    _stacks,
     _sums,
     _units,
 )
@@ -140,7 +142,8 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
             verdict.is_bad & ~is_accepted,
             functools.partial(_look, leaves, state.guarded_state),
         )
-        new = _counted(state, verdict, is_accepted, taken, patience.max_consecutive)
+        alarm_after = patience.max_consecutive
+        new = _counted(state, verdict, is_accepted, taken, alarm_after, leaves)
         return _outcomes.held(taken.updates, params), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -158,6 +161,7 @@ def _counted(
     is_accepted: jax.Array,
     taken: _selection.Taken,
     max_consecutive: int,
+    leaves: _leaves.Leaves,
 ) -> GuardState:
     refused = verdict.is_bad & ~is_accepted
     broken = taken.broken & ~refused  # what was not to be taken can't break
@@ -167,7 +171,7 @@ def _counted(
     row = jnp.where(is_bad, optax.safe_increment(state.consecutive_count), 0)
     finite = verdict.is_bad & verdict.is_finite & ~broke
     finite_row = jnp.where(is_bad, state.finite_count + finite.astype(jnp.int32), 0)
-    culprits = (verdict.culprits & refused) | _blamed(broken, verdict)
+    culprits = (verdict.culprits & refused) | _blamed(broken, verdict, leaves)
 
     def kept(old: Any, new: Any) -> Any:
         return jax.tree.map(
@@ -192,12 +196,17 @@ def _counted(
     )
 
 
-def _blamed(broken: jax.Array, verdict: Verdict) -> jax.Array:
+def _blamed(broken: jax.Array, verdict: Verdict, leaves: _leaves.Leaves) -> jax.Array:
     """Returns which norms were of leaves that broke."""
-    found = [
-        jnp.any(broken if scope == _units.EVERYTHING else broken[np.array(scope)])
-        for scope in verdict.scopes
-    ]
+    if _units.EVERYTHING in verdict.scopes:
+        return jnp.reshape(jnp.any(broken), verdict.culprits.shape)
+    starts, seen = _outcomes.entries(leaves), collections.Counter[Any]()
+    stacks, found = _stacks.of_leaves(leaves), []
+    for scope in verdict.scopes:
+        layer = seen[scope]  # a stack has the same leaves for each of its layers
+        seen[scope] += 1
+        own = [starts[i] + (layer if stacks[i] else 0) for i in scope]
+        found.append(jnp.any(broken[np.array(own, int)]))
     if not found:
         return jnp.zeros_like(verdict.culprits)
     return jnp.reshape(jnp.stack(found), verdict.culprits.shape)

@@ -150,6 +150,20 @@ def test_the_layer_with_a_nan_is_the_culprit():
     assert "guard/culprit/blocks/2/scale" in oc.summary(state, params)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_the_layer_of_which_the_outcome_is_not_finite_is_the_culprit(compiled):
+    updates, params = trees()
+    updates["blocks"]["scale"] = updates["blocks"]["scale"].at[2].set(0.0)
+    inner = optax.adam(0.1, eps=0.0)  # 0 / 0
+    guard = oc.over_layers(oc.skip_if_nonfinite(inner), STACKS)
+    update = jax.jit(guard.update) if compiled else guard.update
+    got, state = update(updates, guard.init(params), params)
+    assert all(np.all(x == 0) for x in jax.tree.leaves(got))
+    report = oc.summary(state, params)
+    assert [x for x in report if "culprit/" in x] == ["guard/culprit/blocks/2/scale"]
+    assert int(state.culprits.sum()) == 1
+
+
 def test_a_nan_in_one_layer_spoils_that_layer_alone():
     updates, params = trees()
     updates["blocks"]["scale"] = updates["blocks"]["scale"].at[2, 1].set(jnp.nan)

@@ -19,7 +19,7 @@ def told(
       context: JAX's, which is part of the key of all of its caches.
       value: of the context.
       check: raises where the tree that is handed in does not fit it.
-      name: of the public function, for messages.
+      name: of the public function, as in a call of it, for messages.
     """
 
     def within(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +47,6 @@ def told(
 def _unfit(fun: Any, name: str) -> str:
     return (
         "Expected a transformation or a function of updates, such as"
-        f" `{name}(clip_by_global_norm(1.0), ...)`, got"
+        f" `{name}`, got"
         f" {fun!r} of type {type(fun).__name__}."
     )

@@ -178,7 +178,8 @@ def _tapped_fwd(x: Any, threshold: Any, stats: Any, clip: Any) -> tuple[Any, Any
 
 def _tapped_bwd(clip: Any, residuals: Any, cotangent: Any) -> tuple[Any, Any, Any]:
     threshold, stats = residuals
-    clipped, _ = clip(threshold).update(cotangent, optax.EmptyState())
+    limits = jax.tree.map(jnp.asarray, threshold)  # which may be NumPy's here
+    clipped, _ = clip(limits).update(cotangent, optax.EmptyState())
     seen = None if stats is None else seen_by(cotangent, clipped, stats)
     return clipped, jax.tree.map(jnp.zeros_like, threshold), seen
 

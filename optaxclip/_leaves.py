@@ -64,8 +64,7 @@ class Leaves(NamedTuple):
         leaves = list(self.leaves)
         pairs = zip(self.counted, counted, strict=True)
         for place, (i, leaf) in enumerate(pairs):
-            if place not in untouched:
-                leaves[i] = leaf
+            leaves[i] = jnp.asarray(leaves[i]) if place in untouched else leaf
         return self.treedef.unflatten(leaves)
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optaxclip import _paths
+
 _NOBODY = (0, 0, 0, 0)  # of a scope without a name
 ROOT = "root"  # the layer of leaves that are in no module
 
@@ -80,7 +82,9 @@ def encoded(names: Names | None) -> jax.Array:
 
 def candidates(paths: Sequence[str]) -> dict[tuple[int, int], str]:
     """Returns all paths that a name may have, by their fingerprints."""
-    every = {ROOT, *paths, *(prefix for path in paths for prefix in _prefixes(path))}
+    layers = {_paths.layer(path) for path in paths}
+    modules = {x for path in (*paths, *layers) for x in _prefixes(path)}
+    every = {ROOT, *paths, *layers, *modules}
     return {_fingerprint(path): path for path in every}
 
 

@@ -104,7 +104,13 @@ def over_axes(fun: Any, specs: Any) -> Any:
       >>> print(jax.jit(step)(jnp.array([3.0, 4.0])))
       [0.6 0.8]
     """
-    return _contexts.told(fun, _specs, _by_path(specs), lambda tree: None, "over_axes")
+    return _contexts.told(
+        fun,
+        _specs,
+        _by_path(specs),
+        lambda tree: None,
+        "over_axes(clip_by_global_norm(1.0), specs)",
+    )
 
 
 def splits(leaves: Leaves) -> Splits:

@@ -120,7 +120,9 @@ def over_layers(fun: Any, stacks: Mapping[str, int | None]) -> Any:
         patterns = [pattern for pattern, _ in axes]
         _paths.matching(patterns, _paths.paths(tree), "`stacks`")
 
-    return _contexts.told(fun, _axes, axes, check, "over_layers")
+    return _contexts.told(
+        fun, _axes, axes, check, "over_layers(clip_by_leaf_norm(1.0), stacks)"
+    )
 
 
 def of_leaves(leaves: Leaves) -> Stacks:

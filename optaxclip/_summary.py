@@ -202,7 +202,8 @@ def _of_cotangents(xp: Any, stats: Fields) -> list[Column]:
     calls, nonfinite = stats["calls"], stats["nonfinite"]
     bins = stats["histogram"].shape[-1]
     last = xp.max(xp.where(stats["histogram"] > 0, xp.arange(bins), 0), axis=-1)
-    bound = xp.ldexp(xp.ones_like(stats["norms"]), last - bins // 2 + 1)
+    with np.errstate(over="ignore"):
+        bound = xp.ldexp(xp.ones_like(stats["norms"]), last - bins // 2 + 1)
     share = stats["clipped"] / xp.maximum(stats["elements"], 1)
     return [
         Column("norm", stats["norms"] / xp.maximum(calls - nonfinite, 1)),

@@ -15,7 +15,7 @@ import pytest
 
 import helpers
 from helpers import every_clip, first_step, oc, references
-from optaxclip import _reduce, _units, norms
+from optaxclip import _leaves, _reduce, _units, norms
 
 LIMIT = 8192  # elements; from here on a leaf is reduced by itself
 
@@ -151,5 +151,6 @@ def test_every_leaf_gets_the_entry_of_its_scope(count):
     # On a CPU they are taken out in blocks of the root of the count.
     places = np.random.default_rng(count).permutation(count)
     scopes = [(int(place),) for place in places]
-    entries = _units.of_leaf(jnp.arange(1.0, count + 1), scopes, count)
+    leaves = _leaves.flatten([jnp.ones(1)] * count)
+    entries = _units.of_leaf(jnp.arange(1.0, count + 1), scopes, leaves)
     np.testing.assert_array_equal(np.array(entries)[places], np.arange(1.0, count + 1))

@@ -632,7 +632,7 @@ def test_a_non_finite_leaf_spoils_its_own_scope_alone(bad):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("max_norm", [0.0, 1.0, jnp.asarray(jnp.inf)])
+@pytest.mark.parametrize("max_norm", [jnp.zeros(()), 1.0, jnp.asarray(jnp.inf)])
 def test_no_threshold_hides_a_non_finite_update(max_norm, bad):
     updates = {"a": jnp.array([bad, 1.0]), "b": jnp.array([3.0])}
     clipped, _ = oc.clip_by_global_norm(max_norm).update(updates, None)

@@ -394,7 +394,7 @@ def test_leaves_with_different_numbers_of_layers_raise():
 
 @pytest.mark.parametrize("fun", [None, 1.0, "clip"], ids=repr)
 def test_what_is_neither_a_clip_nor_a_function_raises(fun):
-    with pytest.raises(TypeError, match=r"`over_layers\(clip_by_global_norm"):
+    with pytest.raises(TypeError, match=r"`over_layers\(clip_by_leaf_norm"):
         oc.over_layers(fun, STACKS)
 
 

@@ -273,7 +273,7 @@ def test_the_histogram_is_over_powers_of_two(size, place):
     assert np.flatnonzero(stats.histogram).tolist() == [place]
     largest = float(oc.summary(stats)["cotangent/largest_norm"])
     assert largest > size or size == 0 == largest
-    assert largest <= jnp.float32(2 * size)  # of float32, too
+    assert largest <= 2 * jnp.float32(size)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

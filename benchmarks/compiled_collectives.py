@@ -18,8 +18,9 @@ are summed over, inside `shard_map` one in all, however many leaves there are. (
 orders of the same axes are two sets to the compiler for TPU, Optax's clips included. A
 rescue on CPU has two more in branches that are hardly ever taken.) A clip of units adds
 some rounds: it measures the params as well, and its state keeps the unit of each leaf
-that was clipped hardest, for which devices have to agree on which that is. Rows of ours
-that break this say so, and then the exit status is 1.
+that was clipped hardest, for which devices have to agree on which that is. A clip of
+elements has two kinds, for its state keeps the largest and counts those that it clipped.
+Rows of ours that break this say so, and then the exit status is 1.
 """
 
 import argparse
@@ -85,10 +86,11 @@ def partition(params: Tree) -> Tree:
 def allowed(form: str, clip: str, params: Tree) -> int:
     """Returns how many all-reduces a clip may add."""
     specs = [tuple(spec) for spec in jax.tree.leaves(partition(params))]
-    if clip in (NO_CLIP, "value"):
+    if clip == NO_CLIP:
         return 0
     if clip != "adaptive":
-        return 1 if form == SHARD_MAP else len(set(specs) - {()})
+        once = 1 if form == SHARD_MAP else len(set(specs) - {()})
+        return 2 * once if clip == "value" else once  # a sum and a maximum
     # A unit is a column, a sum over its rows; all of a vector.
     rows = len({spec[:1] for spec in specs} - {()})
     columns = len({spec[1:] for spec in specs} - {()})

@@ -19,7 +19,7 @@ orders of the same axes are two sets to the compiler for TPU, Optax's clips incl
 rescue on CPU has two more in branches that are hardly ever taken.) A clip of units adds
 some rounds: it measures the params as well, and its state keeps the unit of each leaf
 that was clipped hardest, for which devices have to agree on which that is. A clip of
-elements has two kinds, for its state keeps the largest and counts those that it clipped.
+elements has two kinds: its state keeps the largest and counts those that it clipped.
 Rows of ours that break this say so, and then the exit status is 1.
 """
 

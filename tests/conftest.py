@@ -15,11 +15,12 @@ import helpers
 
 # Kernels that run once are not worth the time it takes to make them fast. XLA's passes
 # stay, so the same operations are done in the same fusions; only its code generator is
-# the older one, and LLVM does not optimize. What a user runs is tested by `.ci/run`,
-# which sets this variable to 0 and repeats the modules where digits are the question.
+# the older one, and LLVM does not optimize. What a user runs is tested in the modules
+# where digits are the question, and everywhere with this variable set to 0.
 VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 QUICK = os.environ.setdefault(VARIABLE, "1") != "0"  # set: processes started here, too
 jax.config.update(VARIABLE.lower(), QUICK)
+DIGITS = ("layers", "norms", "numerics", "per_example", "platforms")
 
 # On one device small leaves are joined: `test_one_device.py` starts a process with one.
 DEVICES = os.environ.get("OPTAXCLIP_DEVICES", "8")
@@ -85,6 +86,15 @@ def room_for_kernels():
     if next(TESTS_RUN) % 100 == 0 and maps.exists():
         if maps.read_bytes().count(b"\n") > 40_000:
             jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_users(request):
+    """Compiles as a user does, where digits are the question."""
+    in_full = request.path.stem.removeprefix("test_") in DIGITS
+    jax.config.update(VARIABLE.lower(), QUICK and not in_full)
+    yield
+    jax.config.update(VARIABLE.lower(), QUICK)
 
 
 @pytest.fixture(autouse=True)

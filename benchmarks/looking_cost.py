@@ -4,8 +4,8 @@ Run:  python benchmarks/looking_cost.py            # half a minute
       python benchmarks/looking_cost.py --quick    # does it run?
 
 The step is a clip of each leaf, SGD with momentum and `optax.apply_updates`, compiled.
-It is timed as it is and with `summary(opt_state, params)` among what it returns. Outside
-of `jit`, `summary` and reading all of its numbers are timed together.
+It is timed as it is and with `summary(opt_state, params)` among what it returns.
+Outside of `jit`, `summary` and reading all of its numbers are timed together.
 
 The floor is 1: the clip computes these numbers anyway. Returned, they are another copy
 of a few vectors, whatever the number of leaves.

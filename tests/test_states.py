@@ -78,6 +78,14 @@ def test_a_blend_of_two_states_goes_on_as_the_one_that_was_chosen(name):
         helpers.assert_close(got, step(third, expected_state, params)[0])
 
 
+@pytest.mark.parametrize("name", ["leaf_norm", "adagc", "window_percentile"])
+def test_a_step_makes_whole_numbers_of_what_a_blend_made_floats(name):
+    updates, params = helpers.updates_and_params()
+    state = clips[name]().init(params)
+    _, after = stepper(name)(updates, blended(state, state, 1.0), params)
+    assert helpers.types(after) == helpers.types(state)
+
+
 INNER = {
     "clip_by_global_norm": lambda: oc.clip_by_global_norm(1.0),
     "autoclip": lambda: oc.autoclip(window=5),

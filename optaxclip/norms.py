@@ -19,19 +19,19 @@ from typing import Any
 
 import jax
 
-from optaxclip import (
-    _formulas,
-    _leaves,
-    _mistakes,
-    _own_norms,
-    _scopes,
-    _splits,
-    _unit_norms,
-    _units,
+from optaxclip._arguments import mistakes
+from optaxclip._measure import (
+    formulas,
+    own_norms,
+    scopes as _scopes,
+    unit_norms as _unit_norms,
+    units as _units,
 )
+from optaxclip._mesh import splits as _splits
+from optaxclip._trees import leaves as _leaves
 
 Axes = _unit_norms.Axes
-Labels = _formulas.Labels
+Labels = formulas.Labels
 
 
 def global_norm(updates: Any, *, ord: float = 2) -> jax.Array:
@@ -124,7 +124,7 @@ def group_norms(labels: Labels = None, *, ord: float = 2) -> _scopes.Norm:
       >>> jax.tree.map(float, optaxclip.norms.group_norms()(grads))
       {'dense': {'bias': 5.0, 'kernel': 5.0}}
     """
-    _formulas.checked(ord)
+    formulas.checked(ord)
     if labels is not None and not isinstance(labels, Mapping) and not callable(labels):
         raise TypeError(
             "Expected `labels` to be None, a mapping from path patterns to labels, or a"
@@ -160,7 +160,7 @@ def excluding(norm: _scopes.Norm, exclude: str | Sequence[str]) -> _scopes.Norm:
     """
     if not callable(norm):
         raise TypeError(f"Expected `excluding(norm, exclude)`, got norm={norm!r}.")
-    _mistakes.norm(norm)
+    mistakes.norm(norm)
     if not isinstance(exclude, str | list | tuple):
         raise TypeError(
             f"Expected `exclude` to be a path pattern or several, got {exclude!r}."
@@ -173,7 +173,7 @@ def formula(norm: _scopes.Norm) -> _scopes.Formula:
     """Returns the plain formula of ``norm``, for those who rescue it themselves."""
     function = norm.func if isinstance(norm, functools.partial) else norm
     if not isinstance(function, types.FunctionType) or function not in _FORMULAS:
-        return functools.partial(_own_norms.formula_of, norm)
+        return functools.partial(own_norms.formula_of, norm)
     return _known_formula(norm)
 
 
@@ -235,14 +235,14 @@ def _excluding(
     norm: _scopes.Norm,
     exclude: tuple[str, ...],
 ) -> _scopes.Plain:
-    return _formulas.excluding(updates, splits, formula(norm), exclude)
+    return formulas.excluding(updates, splits, formula(norm), exclude)
 
 
 _FORMULAS: dict[Any, Callable[..., _scopes.Plain]] = {
-    global_norm: _formulas.global_norm,
-    leaf_norms: _formulas.leaf_norms,
-    leaf_rms: _formulas.leaf_rms,
+    global_norm: formulas.global_norm,
+    leaf_norms: formulas.leaf_norms,
+    leaf_rms: formulas.leaf_rms,
     unit_norms: _unit_norms.unit_norms,
-    _exact_group_norms: _formulas.group_norms,
+    _exact_group_norms: formulas.group_norms,
     _exact_excluding: _excluding,
 }

@@ -15,26 +15,29 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import _checks, _infinity, _leaves, _mistakes, _scopes, norms
-from optaxclip._averages import (
+from optaxclip import norms
+from optaxclip._arguments import checks, mistakes
+from optaxclip._measure import scopes as _scopes
+from optaxclip._thresholds.averages import (
     MeanRmsState as MeanRmsState,
     MeanState as MeanState,
     mean_over_rms as mean_over_rms,
     relative_to_mean as relative_to_mean,
     within_band as within_band,
 )
-from optaxclip._deviations import (
+from optaxclip._thresholds.deviations import (
     MeanStdState as MeanStdState,
     WindowState as WindowState,
     mean_plus_std as mean_plus_std,
 )
-from optaxclip._quantiles import (
+from optaxclip._thresholds.quantiles import (
     QuantileState as QuantileState,
     RankedState as RankedState,
     streaming_quantile as streaming_quantile,
     window_percentile as window_percentile,
 )
-from optaxclip._z_score import z_score as z_score
+from optaxclip._thresholds.z_score import z_score as z_score
+from optaxclip._trees import infinity, leaves as _leaves
 
 
 class LaggedState(NamedTuple):
@@ -49,7 +52,7 @@ class LaggedState(NamedTuple):
     rule_state: Any
 
 
-@_mistakes.makes_rule
+@mistakes.makes_rule
 def relative_to_params(
     ratio: ArrayLike, norm: _scopes.Norm, eps: ArrayLike = 1e-3
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,9 +83,9 @@ def relative_to_params(
       Brock et al., `High-Performance Large-Scale Image Recognition Without
       Normalization <https://arxiv.org/abs/2102.06171>`_, 2021
     """
-    _checks.number(ratio, "ratio")
-    _checks.number(eps, "eps")
-    _mistakes.norm(_checks.function(norm, "norm"))
+    checks.number(ratio, "ratio")
+    checks.number(eps, "eps")
+    mistakes.norm(checks.function(norm, "norm"))
     formula = norms.formula(norm)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -111,7 +114,7 @@ def relative_to_params(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-@_mistakes.makes_rule
+@mistakes.makes_rule
 def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Allows by the steps before this one: a spike must not raise its own threshold.
 
@@ -130,10 +133,10 @@ def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationEx
       [1.]
       [2.]
     """
-    inner = optax.with_extra_args_support(_checks.rule(rule, "lagged"))
+    inner = optax.with_extra_args_support(checks.rule(rule, "lagged"))
 
     def init_fn(params: Any) -> LaggedState:
-        unlimited = jax.tree.map(_infinity.full_like, params)
+        unlimited = jax.tree.map(infinity.full_like, params)
         return LaggedState(unlimited, inner.init(params))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
@@ -145,7 +148,7 @@ def lagged(rule: optax.GradientTransformation) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-@_mistakes.makes_rule
+@mistakes.makes_rule
 def clipped_history(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
@@ -171,7 +174,7 @@ def clipped_history(
       [2.]
       [4.]
     """
-    inner = optax.with_extra_args_support(_checks.rule(rule, "clipped_history"))
+    inner = optax.with_extra_args_support(checks.rule(rule, "clipped_history"))
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any):
         max_norms, _ = inner.update(updates, state, params, **extra_args)

@@ -15,7 +15,9 @@ import pytest
 
 import helpers
 from helpers import every_clip, first_step, oc, references
-from optaxclip import _leaves, _reduce, _units, norms
+from optaxclip import norms
+from optaxclip._measure import reduce, units as _units
+from optaxclip._trees import leaves as _leaves
 
 LIMIT = 8192  # elements; from here on a leaf is reduced by itself
 
@@ -45,8 +47,8 @@ def where(sequence, value):
 
 def test_the_leaves_are_on_both_sides_of_the_limit_and_out_of_order():
     sizes = [x.size for x in jax.tree.leaves(helpers.random_tree(shapes=SHAPES))]
-    assert {_reduce._SMALL + d for d in (-1, 0, 1)} <= set(sizes)
-    small = [size for size in sizes if size < _reduce._SMALL]
+    assert {reduce._SMALL + d for d in (-1, 0, 1)} <= set(sizes)
+    small = [size for size in sizes if size < reduce._SMALL]
     joined = [i for size in dict.fromkeys(small) for i in where(small, size)]
     assert joined != sorted(joined)
 

@@ -24,7 +24,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import helpers
 from helpers import oc
-from optaxclip import _mesh, thresholds
+from optaxclip import thresholds
+from optaxclip._mesh import collectives
 
 STEPS = 2_000
 BAD_SHARE = 0.01
@@ -133,7 +134,7 @@ def make_run(optimizer, loss_fn):
         carry = params, optimizer.init(params)
         if jax.sharding.get_abstract_mesh().manual_axes:
             # A loop inside `shard_map` ends with the types that it starts with.
-            carry = jax.tree.map(_mesh.vary_like, carry, step(carry, 0))
+            carry = jax.tree.map(collectives.vary_like, carry, step(carry, 0))
         return jax.lax.fori_loop(0, count, lambda i, c: step(c, order[i]), carry)
 
     return run
@@ -145,7 +146,7 @@ def on_devices(run, specs):
     def on_each(*args):
         device = jax.lax.axis_index("devices")
         return jax.tree.map(
-            lambda x: _mesh.vary_like(jnp.asarray(x)[None], device), run(*args)
+            lambda x: collectives.vary_like(jnp.asarray(x)[None], device), run(*args)
         )
 
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))

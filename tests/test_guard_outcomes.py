@@ -14,7 +14,9 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import helpers
 from helpers import oc
-from optaxclip import _mesh, _outcomes, norms, summary, thresholds
+from optaxclip import norms, summary, thresholds
+from optaxclip._guards import outcomes
+from optaxclip._mesh import collectives
 
 bits = helpers.bits
 PARAMS = {"a": np.array([1.0, -0.0, 2.0], np.float32), "b": np.ones(2, np.float32)}
@@ -33,7 +35,7 @@ both_ways = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "ji
 def place(request, monkeypatch):
     """Of several devices all elements decide, on one those that are drawn."""
     if request.param == "on one device":
-        monkeypatch.setattr(_mesh, "is_local", lambda x: True)
+        monkeypatch.setattr(collectives, "is_local", lambda x: True)
 
 
 def like(params, **leaves):
@@ -198,7 +200,7 @@ def test_a_parameter_that_was_not_finite_before_is_nobodys_fault(compiled):
 # Large leaves
 # --------------------------------------------------------------------------------------
 
-SIZE = 3 * _outcomes.LOOKED_AT
+SIZE = 3 * outcomes.LOOKED_AT
 
 
 def without_eps():
@@ -219,7 +221,7 @@ def test_what_is_drawn_of_a_large_leaf_decides_on_all_of_it(where, compiled, pla
 
 @both_ways
 def test_any_other_element_is_held_by_itself(compiled, monkeypatch):
-    monkeypatch.setattr(_mesh, "is_local", lambda x: True)
+    monkeypatch.setattr(collectives, "is_local", lambda x: True)
     params = jnp.ones(SIZE)
     tx = without_eps()
     update = jax.jit(tx.update) if compiled else tx.update
@@ -306,7 +308,9 @@ def test_what_breaks_on_one_device_is_skipped_on_all(check_vma):
     def step(params, updates):
         updates, state = tx.update(updates, tx.init(params), params)
         facts = state.skipped_count, state.culprits
-        return updates, jax.tree.map(lambda x: _mesh.vary_over(x, frozenset()), facts)
+        return updates, jax.tree.map(
+            lambda x: collectives.vary_over(x, frozenset()), facts
+        )
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     run = jax.shard_map(

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import helpers
 from helpers import oc
-from optaxclip import _spectra
+from optaxclip._clips import spectra as _spectra
 
 # --------------------------------------------------------------------------------------
 # The equations in NumPy, float64

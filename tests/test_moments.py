@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optaxclip import _moments
+from optaxclip._thresholds import moments as _moments
 
 WEIGHTS = [0.0, 1e-6, 0.3, 0.49, 0.5, 0.7, 1 - 1e-6, 1.0]
 PAIRS = [(1.0, 1e-6), (1e-6, 1.0), (2.0, 3.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from helpers import oc
-from optaxclip import _paths
+from optaxclip._trees import paths as _paths
 
 pytestmark = pytest.mark.usefixtures("strict_shapes")
 

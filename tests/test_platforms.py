@@ -14,7 +14,7 @@ import pytest
 
 import helpers
 import optaxclip as oc
-from optaxclip import _mesh
+from optaxclip._mesh import collectives
 
 MAGNITUDES = pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1.0, 1e19, 1e30])
 NORMS = pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def accelerator(monkeypatch):
 @pytest.fixture
 def one_device(monkeypatch):
     jax.clear_caches()
-    monkeypatch.setattr(_mesh, "is_local", lambda x: True)
+    monkeypatch.setattr(collectives, "is_local", lambda x: True)
     yield
     jax.clear_caches()
 

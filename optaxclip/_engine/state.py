@@ -1,0 +1,170 @@
+"""What a clip saw, for people to read: its state at first and after a step."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip._engine import limits as _limits
+from optaxclip._measure import (
+    names as _names,
+    scopes as _scopes,
+    stacks as _stacks,
+    units as _units,
+)
+from optaxclip._mesh import collectives
+from optaxclip._trees import infinity, leaves as _leaves
+
+
+class ClipState(NamedTuple):
+    """What a clip saw at its last step; only the rule's state is ever read back.
+
+    The arrays have one entry per scope, in tree order: shape ``()`` for a global norm,
+    else ``(scopes,)``; where a scope is finer than a leaf, one entry per leaf, of the
+    unit that was clipped hardest. Floats are float32, or float64 where a leaf is; on
+    finite updates they are finite. Read them with :func:`optaxclip.summary`, which
+    knows the names and shows as infinite what a number a millionth below the largest
+    of the dtype stands for here.
+
+    Attributes:
+      update_count: updates seen, int32.
+      norms: norms before the clip, in the units of the updates; the largest number
+        where a norm is larger than its dtype can hold.
+      max_norms: thresholds; the largest number where there was none.
+      factors: what the updates were multiplied by; 1 where nothing happened.
+      clipped_count: steps at which the factor was below 1, int32.
+      rule_state: the state of the threshold's rule, ``optax.EmptyState()`` if it has
+        none, a tuple of those in the order of the sorted patterns if the threshold is a
+        mapping.
+      scope_ids: which the scopes are, shape ``(scopes, 4)``, int32: two of the path's
+        fingerprint and two of the place in a stack. Shape ``(4,)`` for a global norm.
+    """
+
+    update_count: jax.Array
+    norms: jax.Array
+    max_norms: jax.Array
+    factors: jax.Array
+    clipped_count: jax.Array
+    rule_state: Any
+    scope_ids: jax.Array
+
+
+def fresh(
+    threshold: _limits.Threshold,
+    zeros: _scopes.Measured,
+    leaves: _leaves.Leaves,
+    names: _names.Names | None,
+) -> ClipState:
+    """Returns the state before the first step, given norms of zero."""
+    zero = zeros.norms
+    if isinstance(zero, _units.Units):
+        zero = jnp.zeros(len(names or ()), leaves.dtype)
+    return ClipState(
+        update_count=jnp.zeros((), jnp.int32),
+        norms=zero,
+        max_norms=infinity.full_like(zero),
+        factors=jnp.ones_like(zero),
+        clipped_count=jnp.zeros_like(zero, jnp.int32),
+        rule_state=_limits.init(threshold, zeros, leaves),
+        scope_ids=_names.encoded(names),
+    )
+
+
+def typed(state: ClipState) -> ClipState:
+    """Returns the state with its whole numbers as such: a blend makes them floats."""
+    whole = {"update_count", "clipped_count", "scope_ids"}
+    return state._replace(
+        **{key: jnp.asarray(getattr(state, key), jnp.int32) for key in whole}
+    )
+
+
+def after(
+    state: ClipState,
+    measured: _scopes.Measured,
+    max_norms: _units.Packed,
+    factors: _units.Packed,
+    rule_state: Any,
+    leaves: _leaves.Leaves,
+) -> ClipState:
+    """Returns the state after this step."""
+    zero = jnp.zeros_like(state.norms)
+    columns = [measured.sizes(), max_norms, factors]
+    if isinstance(factors, _units.Units):
+        columns = _of_hardest(columns, _stacks.of_leaves(leaves))
+    columns = [_fitting(x, zero) for x in columns]
+    if measured.axes:
+        columns = collectives.at_smallest(columns[-1], columns, measured.axes)
+    new_norms, new_max_norms, new_factors = columns
+    return ClipState(
+        update_count=jnp.asarray(optax.safe_increment(state.update_count)),
+        norms=new_norms,
+        max_norms=infinity.kept(new_max_norms),
+        factors=new_factors,
+        clipped_count=jnp.where(
+            new_factors < 1,
+            optax.safe_increment(state.clipped_count),
+            state.clipped_count,
+        ),
+        rule_state=rule_state,
+        scope_ids=state.scope_ids,
+    )
+
+
+def _of_hardest(
+    columns: Sequence[_units.Units], stacks: _stacks.Stacks
+) -> list[jax.Array]:
+    """Returns of each leaf the numbers of the unit whose last, its factor, is least.
+
+    Of a stack those of every layer. A NaN is less than any number.
+    """
+    places = columns[-1].places
+    found, order = [], []
+    for some, *arrays in zip(places, *(units.arrays for units in columns), strict=True):
+        stack = stacks[some[0]] if some else None
+        rows = _at_smallest(arrays, -1 if stack is None else stack.axis + 1)
+        if stack:
+            # The smallest over all devices is looked for later.
+            *others, key = collectives.replicated(rows)
+            rows = jnp.stack([*map(stack.every, others), stack.every(key, jnp.inf)])
+        found.append(rows.reshape(len(rows), -1))
+        count = found[-1].shape[1] // max(len(some), 1)
+        order += [(place, layer) for place in some for layer in range(count)]
+    ranks = sorted(range(len(order)), key=order.__getitem__)
+    return list(jnp.concatenate(found, axis=1)[:, np.array(ranks, int)])
+
+
+def _at_smallest(columns: Sequence[jax.Array], layers: int) -> jax.Array:
+    """Returns of each row the numbers where those of the last column are smallest.
+
+    By masks, for an index into units that are spread over devices would gather them.
+
+    Args:
+      columns: arrays of one shape.
+      layers: an axis besides the first to be kept; -1 for none.
+    """
+    *others, key = columns
+    axes = tuple(i for i in range(1, key.ndim) if i != layers)
+    if not axes:
+        return jnp.stack(columns)
+    shape = tuple(key.shape[i] if i in axes else 1 for i in range(key.ndim))
+    place = jnp.arange(math.prod(shape)).reshape(shape)
+    # Like `argmin`, which takes XLA ten times as long to compile.
+    smallest = jnp.min(key, axis=axes, keepdims=True)
+    found = (key == smallest) | jnp.isnan(key)
+    first = jnp.min(jnp.where(found, place, place.size), axis=axes, keepdims=True)
+    rows = [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in others]
+    return jnp.stack([*rows, jnp.squeeze(smallest, axes)])
+
+
+def _fitting(column: jax.Array, like: Any) -> jax.Array:
+    if column.shape != jnp.shape(like):
+        raise ValueError(
+            f"Expected a state with one entry per scope, of shape {column.shape}, got"
+            f" {jnp.shape(like)}: it belongs to another clip or to other params."
+            " Call `clip.init(params)`."
+        )
+    return column.astype(like.dtype)

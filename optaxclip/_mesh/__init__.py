@@ -1,0 +1,9 @@
+"""Where are the pieces of a leaf, and what adds them up?
+
+In reading order:
+  collectives: sums over devices inside ``shard_map``, nothing anywhere else.
+  splits: how each leaf is split, by its type or by what the user says (`over_axes`).
+  summed: raises where something is still to be summed over devices.
+
+May import `_trees` and what is below it.
+"""

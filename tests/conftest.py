@@ -20,7 +20,11 @@ import helpers
 VARIABLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 QUICK = os.environ.setdefault(VARIABLE, "1") != "0"  # set: processes started here, too
 jax.config.update(VARIABLE.lower(), QUICK)
-DIGITS = ("layers", "norms", "numerics", "per_example", "platforms")
+DIGITS = (
+    *("adapt", "batches_on_meshes", "optax_names", "per_example"),
+    *("flax_layers", "flax_layers_in_use"),
+    *("norms", "numerics", "platforms", "properties", "single_numbers"),
+)
 
 # On one device small leaves are joined: `test_one_device.py` starts a process with one.
 DEVICES = os.environ.get("OPTAXCLIP_DEVICES", "8")
@@ -59,7 +63,7 @@ def pytest_collection_modifyitems(items):
 
     def order(item):
         params = getattr(item, "callspec", None)
-        if item.path.name != "test_contract.py" or params is None:
+        if not item.path.name.startswith("test_contract") or params is None:
             return (modules.index(item.path), "", "")
         found = params.params
         return (

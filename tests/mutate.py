@@ -1,6 +1,6 @@
 """Plants faults in the package, one at a time, and lists those that no test sees.
 
-    python tests/mutate.py [--each 3] [--seed 0] [--own] [MODULE ...]
+    python tests/mutate.py [--each 3] [--seed 0] [--own] [_measure/reduce norms ...]
 
 A fault is a comparison, a sign, a constant, a condition or two arguments changed in one
 place, chosen by the seed. Each runs with the tests of its module, in a copy; a minute
@@ -23,67 +23,105 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-DEFAULTS = ["tests/test_docs.py", "-k", "names_the_defaults"]
+DEFAULTS = ["tests/docs/test_rules_page.py", "-k", "names_the_defaults"]
 ROWS = "first_step or nan_makes or bit_for_bit or eager or statistics"
-CONTRACT = ["tests/test_contract.py", "-k", f"({ROWS}) and not 16 and not 64 and not 8"]
-ONE_DEVICE = ["tests/test_one_device.py"]
+CONTRACT = ["tests/contract", "-k", f"({ROWS}) and not 16 and not 64 and not 8"]
+ONE_DEVICE = ["tests/contract/test_one_device.py"]
 LIMIT = 900  # seconds of one of these
 # Imported once, for it takes as long as most tests; none of them runs anything.
 LIBRARIES = ("pytest", "chex", "flax.linen", "orbax.checkpoint")
 
 # The tests of each module, the quickest first. Of all others it is the contract.
 TESTS = {
-    "_acclip": "elements",
-    "_adapt": "per_example",
-    "_attention": "weights",
-    "_averages": "rules thresholds product",
-    "_checks": "errors rules thresholds weights per_example",
-    "_clippy": "weights",
-    "_clips": "clips errors",
-    "_cotangent_stats": "cotangents layers",
-    "_cotangents": "cotangents numerics",
-    "_deviations": "thresholds rules product",
-    "_engine": "clips errors thresholds",
-    "_example_clips": "per_example",
-    "_examples": "per_example",
-    "_formulas": "norms platforms numerics meshes",
-    "_guards": "guards faults",
-    "_inputs": "guards faults",
-    "_layers": "layers",
-    "_leaf_rules": "weights rules",
-    "_leaves": "errors norms elements weights numerics",
-    "_limits": "errors thresholds rules clips",
-    "_matrices": "matrices",
-    "_memories": "elements wrappers",
-    "_mesh": "meshes",
-    "_moments": "moments rules thresholds product",
-    "_multiply": "numerics clips",
-    "_paths": "paths errors",
-    "_per_example": "per_example",
-    "_quantiles": "thresholds rules product",
-    "_reduce": "norms platforms numerics meshes",
-    "_robust": "robust",
-    "_rules": "rules",
-    "_scopes": "norms numerics platforms",
-    "_selection": "selection",
-    "_skips": "guards faults",
-    "_spam": "elements",
-    "_spectra": "matrices",
-    "_spectral_norm": "matrices",
-    "_splits": "meshes",
-    "_stable_adamw": "stable_adamw",
-    "_stable_spam": "rules elements",
-    "_state": "clips summary platforms",
-    "_summary": "summary errors",
-    "_sums": "meshes",
-    "_units": "platforms clips",
-    "_values": "clips errors numerics",
-    "_weights": "weights",
-    "_wrappers": "wrappers",
-    "_z_score": "rules product",
-    "factors": "clips numerics",
-    "norms": "norms errors paths",
-    "thresholds": "thresholds product",
+    "_arguments/checks": (
+        "errors errors_of_patterns rules facts_of_rules thresholds deviations "
+        "quantiles by_params clippy qk_clip per_example batches_on_meshes "
+        "optax_names adapt example_errors"
+    ),
+    "_arguments/contexts": "mesh_errors stacks_on_meshes",
+    "_arguments/mistakes": "mistaken_functions mistaken_numbers",
+    "_clips/acclip": "elements",
+    "_clips/by_norm": "by_norm drop_ins errors",
+    "_clips/by_params": "by_params clippy qk_clip",
+    "_clips/by_value": "by_value errors numerics",
+    "_clips/clippy": "clippy",
+    "_clips/elements": "by_value summary",
+    "_clips/learnt_global": "rules facts_of_rules",
+    "_clips/learnt_per_leaf": "by_params clippy qk_clip rules facts_of_rules",
+    "_clips/qk_clip": "qk_clip",
+    "_clips/singular_values": "matrices matrices_on_meshes",
+    "_clips/spam": "elements",
+    "_clips/spectra": "matrices matrices_on_meshes",
+    "_clips/spectral_norm": "matrices matrices_on_meshes",
+    "_clips/stable_adamw": "stable_adamw",
+    "_clips/stable_spam": "rules facts_of_rules elements",
+    "_clips/wrappers": "wrappers",
+    "_cotangents/cotangents": "cotangents numerics single_numbers properties",
+    "_cotangents/flax_layers": "flax_layers flax_layers_in_use",
+    "_cotangents/stats": "cotangents flax_layers flax_layers_in_use",
+    "_engine/clip_by": (
+        "by_value by_norm drop_ins errors errors_of_patterns thresholds "
+        "deviations quantiles"
+    ),
+    "_engine/limits": (
+        "errors errors_of_patterns thresholds deviations quantiles rules "
+        "facts_of_rules by_value by_norm drop_ins"
+    ),
+    "_engine/multiply": "numerics single_numbers properties by_value by_norm drop_ins",
+    "_engine/state": "by_value by_norm drop_ins summary names platforms",
+    "_guards/guards": "spikes no_trace culprits faults guard_errors patience",
+    "_guards/inputs": "inputs faults",
+    "_guards/kept": "around_others",
+    "_guards/losses": "patience guards_on_meshes",
+    "_guards/outcomes": "outcomes guard_derivatives",
+    "_guards/past": "spikes patience",
+    "_guards/selection": "selection",
+    "_guards/skips": "no_trace spikes culprits inputs guards_in_jax faults",
+    "_looking/report": "names summary",
+    "_looking/summary": "summary names errors errors_of_patterns",
+    "_measure/formulas": (
+        "norms platforms numerics single_numbers properties meshes mesh_errors"
+    ),
+    "_measure/names": "names culprits",
+    "_measure/own_norms": "norms meshes",
+    "_measure/reduce": (
+        "norms platforms numerics single_numbers properties meshes mesh_errors"
+    ),
+    "_measure/scopes": "norms numerics single_numbers properties platforms",
+    "_measure/stacks": "stacks stacks_on_meshes",
+    "_measure/unit_norms": "norms meshes",
+    "_measure/units": "platforms by_value by_norm drop_ins",
+    "_mesh/collectives": "meshes mesh_errors",
+    "_mesh/splits": "meshes mesh_errors",
+    "_mesh/summed": "meshes mesh_errors",
+    "_per_example/adapt": "adapt",
+    "_per_example/centered": "centered",
+    "_per_example/examples": (
+        "per_example batches_on_meshes optax_names adapt example_errors"
+    ),
+    "_per_example/grad": (
+        "per_example batches_on_meshes optax_names adapt example_errors"
+    ),
+    "_per_example/optax_names": "optax_names example_errors",
+    "_thresholds/averages": (
+        "rules facts_of_rules thresholds deviations quantiles product"
+    ),
+    "_thresholds/deviations": "deviations rules product",
+    "_thresholds/moments": (
+        "moments rules facts_of_rules thresholds deviations quantiles product"
+    ),
+    "_thresholds/quantiles": "quantiles rules product",
+    "_thresholds/z_score": "rules facts_of_rules product",
+    "_trees/infinity": "states thresholds",
+    "_trees/leaves": (
+        "errors errors_of_patterns norms elements by_params clippy qk_clip "
+        "numerics single_numbers properties"
+    ),
+    "_trees/memories": "elements wrappers",
+    "_trees/paths": "paths errors errors_of_patterns",
+    "factors": "by_value by_norm drop_ins numerics single_numbers properties",
+    "norms": "norms errors errors_of_patterns paths",
+    "thresholds": "thresholds deviations quantiles product",
 }
 SWAPS = {
     **{ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"},
@@ -230,7 +268,8 @@ def run(arguments: list[str], copy: Path, log: Path) -> str:
 
 
 def stages(module: str, own_only: bool) -> list[list[str]]:
-    own = [f"tests/test_{name}.py" for name in TESTS.get(module, "").split()]
+    names = TESTS.get(module, "").split()
+    own = [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in names]
     doctest = f"optaxclip/{module}.py"
     wide = [] if own_only else [CONTRACT, ONE_DEVICE]
     return [[doctest, *own[:1]], DEFAULTS, *([x] for x in own[1:]), *wide]
@@ -276,8 +315,11 @@ def prepared(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    every = sorted(path.stem for path in (ROOT / "optaxclip").glob("[!_]*.py"))
-    every += sorted(path.stem for path in (ROOT / "optaxclip").glob("_[!_]*.py"))
+    package = ROOT / "optaxclip"
+    every = sorted(
+        str(path.relative_to(package).with_suffix(""))
+        for path in package.rglob("[!_]*.py")
+    )
     parser.add_argument("modules", nargs="*", default=every)
     parser.add_argument("--each", type=int, default=3, help="faults of a module")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,202 @@
+"""The forms that a norm takes on other machines, run here.
+
+On accelerators every norm is measured at three scales in one pass; on a machine with
+one device small leaves are reduced together. Neither happens on the eight virtual CPUs
+of the other tests.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import helpers
+from helpers import oc
+from optaxclip._mesh import collectives
+
+MAGNITUDES = pytest.mark.parametrize("magnitude", [1e-30, 1e-19, 1.0, 1e19, 1e30])
+NORMS = pytest.mark.parametrize(
+    ("norm", "truth"),
+    [
+        (oc.norms.global_norm, lambda a, b: [np.hypot(a, b)] * 2),
+        (oc.norms.leaf_norms, lambda a, b: [a, b]),
+        (oc.norms.group_norms(), lambda a, b: [np.hypot(a, b)] * 2),
+        (lambda u: jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(u))), None),
+    ],
+    ids=["global", "leaf", "group", "user"],
+)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Takes the branch of `platform_dependent` that is for all but CPUs."""
+    chosen = []
+
+    def platform_dependent(*args, default, **named):
+        chosen.append(default)
+        return default(*args)
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
+    yield chosen
+    jax.clear_caches()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(collectives, "is_local", lambda x: True)
+    yield
+    jax.clear_caches()
+
+
+def leaves(magnitude):
+    draw = np.random.default_rng(0)
+    small, large = draw.normal(size=(7, 3)), draw.normal(size=5000)
+    return {"a": np.float32(magnitude * small), "b": np.float32(magnitude * large)}
+
+
+def check(norm, truth, magnitude):
+    grads = leaves(magnitude)
+    sizes = [np.linalg.norm(g.astype(np.float64)) for g in grads.values()]
+    expected = (truth or (lambda a, b: [np.hypot(a, b)] * 2))(*sizes)
+    limit = 0.1 * float(min(sizes))
+    clip = oc.clip_by(norm, np.float32(limit))
+    updates, state = jax.jit(clip.update)(grads, clip.init(grads))
+    for (name, grad), size in zip(grads.items(), expected, strict=True):
+        right = grad.astype(np.float64) * (np.float32(limit) / size)
+        np.testing.assert_allclose(updates[name], right, rtol=1e-6, atol=limit * 1e-12)
+    np.testing.assert_allclose(np.max(state.norms), max(expected), rtol=1e-6)
+
+
+@NORMS
+@MAGNITUDES
+def test_one_pass_at_three_scales_is_exact(norm, truth, magnitude, accelerator):
+    check(norm, truth, magnitude)
+    assert accelerator
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@MAGNITUDES
+def test_one_pass_is_exact_for_a_single_element(shape, magnitude, accelerator):
+    # A compiler that knows the scale squares it first, and it underflows.
+    grads = {"w": jnp.full(shape, magnitude)}
+    norm = jax.jit(oc.norms.leaf_norms)(grads)["w"]
+    np.testing.assert_allclose(norm, np.float32(magnitude), rtol=1e-6)
+
+
+@NORMS
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1.0, 1e30])
+def test_one_pass_is_exact_for_constants(norm, truth, magnitude, accelerator):
+    clip: Any = oc.clip_by(norm, 1.0)
+
+    @jax.jit
+    def norms():
+        grads = {"a": jnp.full(4, magnitude), "b": jnp.zeros(())}
+        return clip.update(grads, clip.init(grads))[1].norms
+
+    np.testing.assert_allclose(jnp.max(norms()), np.float32(2 * magnitude), rtol=1e-6)
+
+
+def test_one_pass_keeps_the_nan_and_the_zeros(accelerator):
+    grads = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.zeros(2), "c": jnp.array([3.0])}
+    clip: Any = oc.clip_by_leaf_norm(1.0)
+    updates, _ = clip.update(grads, None)
+    assert np.isnan(updates["a"]).all()
+    assert not updates["b"].any()
+    assert updates["c"] == 1.0
+
+
+@NORMS
+@MAGNITUDES
+def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_device):
+    check(norm, truth, magnitude)
+
+
+@pytest.mark.parametrize("norm", [oc.global_norm, oc.norms.unit_norms])
+def test_small_leaves_of_one_device_share_a_kernel(norm, one_device):
+    grads = [jnp.ones(10)] * 50  # each of them is one unit
+    text = str(jax.make_jaxpr(norm)(grads))
+    assert text.count("reduce_sum") == 1 + 2 * 2  # plain; scaled, on CPU and elsewhere
+
+
+def test_leaves_that_may_be_spread_keep_a_kernel_each():
+    text = str(jax.make_jaxpr(oc.global_norm)([jnp.ones(10)] * 50))
+    assert text.count("reduce_sum") >= 4 * 50
+
+
+def unit_tree(draw, size):
+    shapes = {"a": (3, 2), "b": (5, 2), "c": (4,), "conv": (2, 2, 3, 2), "d": (3, 2)}
+    shapes |= {"head": (3, 2), "scale": ()}
+    normal = {name: draw.normal(size=shape) for name, shape in shapes.items()}
+    return {name: np.asarray(size * x, np.float32) for name, x in normal.items()}
+
+
+def unit_sizes(leaf):
+    axes = tuple(range(leaf.ndim - 1)) if leaf.ndim > 1 else None
+    return np.sqrt(np.sum(leaf.astype(np.float64) ** 2, axis=axes, keepdims=True))
+
+
+def test_units_of_many_leaves_in_one_array_are_clipped_one_by_one(one_device):
+    draw = np.random.default_rng(0)
+    params, grads = unit_tree(draw, 1.0), unit_tree(draw, 0.1)
+    grads["b"][1, 0], grads["d"] = np.nan, np.float32(1e25) * grads["d"]
+    clip = oc.adaptive_grad_clip(0.05, exclude=("head",))
+    updates, state = jax.jit(clip.update)(grads, clip.init(params), params)
+    for i, (name, grad) in enumerate(grads.items()):
+        size = unit_sizes(grad)
+        limit = 0.05 * unit_sizes(params[name]) if name != "head" else np.inf * size
+        factors = np.minimum(1, limit / size)
+        np.testing.assert_allclose(updates[name], grad * factors, rtol=1e-6)
+        hardest = np.argmin(factors)  # the first NaN, if there is one
+        allowed = helpers.shown(state.max_norms)
+        found = [state.norms[i], allowed[i], state.factors[i]]
+        right = [x.ravel()[hardest] for x in (size, limit, factors)]
+        np.testing.assert_allclose(found, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf])
+def test_units_of_many_leaves_in_one_array_are_measured_one_by_one(ord, one_device):
+    grads = unit_tree(np.random.default_rng(0), 1.0)
+    grads["b"] = np.float32(1e20) * grads["b"]
+    found = jax.jit(lambda u: oc.norms.unit_norms(u, ord=ord))(grads)
+    for name, grad in grads.items():
+        rows = grad.reshape(-1, grad.shape[-1] if grad.ndim > 1 else 1)
+        right = np.linalg.norm(rows.astype(np.float64), ord=ord, axis=0)
+        np.testing.assert_allclose(found[name].ravel(), right, rtol=1e-6)
+
+
+def test_a_leaf_more_means_few_kernels_more_for_its_units(one_device):
+    clip = oc.adaptive_grad_clip(0.01)
+
+    def kernels(leaves):
+        grads = [jnp.ones((8, 16))] * leaves
+        step = jax.jit(clip.update).lower(grads, clip.init(grads), grads).compile()
+        _, entry = (step.as_text() or "").split("ENTRY")
+        return entry.count(" fusion(")
+
+    # For the norm of the update, that of the parameters, and the product.
+    assert kernels(36) - kernels(25) <= (3 + 1) * 11
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        oc.clip_by_global_norm,
+        oc.clip_by_leaf_norm,
+        oc.clip_by_group_norm,
+        oc.clip_by_block_rms,
+        oc.adaptive_grad_clip,
+    ],
+)
+def test_the_second_pass_that_is_rarely_taken_needs_no_copy_of_the_updates(make):
+    clip = make(0.1)
+    # Of different shapes, for leaves of one shape share an array of the scale.
+    grads = {f"layer_{i}": {"w": jnp.ones((64 + i, 96))} for i in range(20)}
+    update = jax.jit(clip.update, donate_argnums=(0, 1))
+    compiled = update.lower(grads, clip.init(grads), grads).compile()
+    memory: Any = compiled.memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(grads))
+    assert memory.temp_size_in_bytes < size / 5

@@ -73,7 +73,7 @@ from optaxclip._guards.inputs import (
     unscale as unscale,
     zero_nonfinite as zero_nonfinite,
 )
-from optaxclip._guards.kept import keep_if_skipped as keep_if_skipped
+from optaxclip._guards.running_statistics import keep_if_skipped as keep_if_skipped
 from optaxclip._guards.skips import GuardState as GuardState
 from optaxclip._looking.summary import summary as summary
 from optaxclip._measure.stacks import over_layers as over_layers

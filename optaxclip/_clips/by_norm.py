@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from optaxclip import factors, norms
 from optaxclip._arguments import checks, mistakes
-from optaxclip._engine.clip_by import Threshold, clip_by
+from optaxclip._engine.clip_by import clip_by
+from optaxclip._engine.limits import Threshold
 from optaxclip._engine.multiply import multiplied, scope_factors
 from optaxclip._measure import own_norms
 from optaxclip._trees import leaves as _leaves

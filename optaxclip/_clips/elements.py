@@ -37,7 +37,7 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     largest = formulas.leaf_norms(leaves.tree(measured), splits, ord=jnp.inf).norms
     counts = formulas.leaf_norms(leaves.tree(over), splits, ord=1).norms
     counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
-    stats = infinity.kept(largest.astype(leaves.dtype)), counts / sizes
+    stats = infinity.replaced(largest.astype(leaves.dtype)), counts / sizes
     found = Seen(*jax.lax.stop_gradient(stats), counted)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return found  # JAX 0.8 takes all of them to vary where one does

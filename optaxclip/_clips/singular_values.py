@@ -10,7 +10,8 @@ from optaxclip import factors
 from optaxclip._arguments import checks, mistakes
 from optaxclip._clips import spectra as _spectra
 from optaxclip._engine import multiply, state as _state
-from optaxclip._engine.clip_by import Rule, Threshold, decided
+from optaxclip._engine.clip_by import Rule, decided
+from optaxclip._engine.limits import Threshold
 from optaxclip._measure import reduce, units as _units
 from optaxclip._mesh import summed
 from optaxclip._trees import leaves as _leaves

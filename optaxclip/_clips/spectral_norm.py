@@ -12,7 +12,8 @@ from optaxclip import factors
 from optaxclip._arguments import checks, mistakes
 from optaxclip._clips import spectra as _spectra
 from optaxclip._engine import state as _state
-from optaxclip._engine.clip_by import Rule, Threshold, clipped
+from optaxclip._engine.clip_by import Rule, clipped
+from optaxclip._engine.limits import Threshold
 from optaxclip._measure import reduce
 from optaxclip._mesh import collectives, splits as _splits, summed
 from optaxclip._trees import leaves as _leaves

@@ -162,7 +162,7 @@ def _init_entry(entry: Any, norms: Packed) -> Any:
             "Expected a rule without a state for a norm of units, got one that keeps a"
             f" history, {type(state).__name__}. Use a norm of leaves or groups."
         )
-    return jax.tree.map(infinity.kept, state)
+    return jax.tree.map(infinity.replaced, state)
 
 
 def _apply_rule(
@@ -190,7 +190,7 @@ def _apply_rule(
 
 def _kept(new: Any, old: Any, tells: jax.Array) -> jax.Array:
     """Keeps what a rule knew of the scopes whose norm tells nothing, and its dtypes."""
-    new = infinity.kept(jnp.asarray(new, jnp.result_type(old)))
+    new = infinity.replaced(jnp.asarray(new, jnp.result_type(old)))
     if tells.ndim > new.ndim or new.shape[new.ndim - tells.ndim :] != tells.shape:
         return jnp.where(jnp.any(tells), new, old)  # shared by all scopes
     tells = jnp.reshape(tells, (1,) * (new.ndim - tells.ndim) + tells.shape)

@@ -93,7 +93,7 @@ def _rest(
 @jax.jit
 def total(scale: jax.Array, rest: jax.Array) -> jax.Array:
     """Returns a factor, given its two parts."""
-    return infinity.kept(scale * scale * rest)
+    return infinity.replaced(scale * scale * rest)
 
 
 def multiplied(

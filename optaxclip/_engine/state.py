@@ -102,7 +102,7 @@ def after(
     return ClipState(
         update_count=jnp.asarray(optax.safe_increment(state.update_count)),
         norms=new_norms,
-        max_norms=infinity.kept(new_max_norms),
+        max_norms=infinity.replaced(new_max_norms),
         factors=new_factors,
         clipped_count=jnp.where(
             new_factors < 1,

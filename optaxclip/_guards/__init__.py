@@ -3,11 +3,10 @@
 In reading order:
   guards: `skip_if_nonfinite` and `skip_if_spike`.
   skips: a step that is undone where somebody objects, and how that is counted.
-  past: a spike must not raise its own threshold.
-  losses: the loss that a guard watches, and what it is called.
+  watched: the loss, and thresholds that go by the past.
   outcomes: whether what comes out of an optimizer is finite.
   selection: how a step is undone without a copy of the state it began with.
-  kept: running statistics that a skipped step must not change.
+  running_statistics: what a skipped step must not change beside the params.
   inputs: what updates go through before a clip: unscaled, made finite.
 
 May import `_engine` and what is below it.

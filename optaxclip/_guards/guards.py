@@ -14,8 +14,8 @@ import optax
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks, mistakes
 from optaxclip._engine import limits as _limits
-from optaxclip._engine.clip_by import Threshold
-from optaxclip._guards import losses, past as _past, skips
+from optaxclip._engine.limits import Threshold
+from optaxclip._guards import skips, watched
 from optaxclip._guards.skips import GuardState, Verdict, guard
 from optaxclip._measure import formulas, scopes as _scopes, units as _units
 from optaxclip._trees import leaves as _leaves
@@ -109,7 +109,7 @@ def skip_if_nonfinite(
         finite = jnp.isfinite(measured.norms)
         is_finite = jnp.all(finite)
         if extra_args.get("value") is not None:
-            is_finite &= losses.is_finite_everywhere(extra_args["value"])
+            is_finite &= watched.is_finite_everywhere(extra_args["value"])
         past, scopes = state.rule_state, measured.scopes
         return Verdict(~finite, ~is_finite, is_finite, past, scopes)
 
@@ -193,12 +193,12 @@ def skip_if_spike(
     if norm is not None:
         mistakes.norm(checks.function(norm, "norm"))
     formula = None if norm is None else norms.formula(norm)
-    limit = _past.by_the_past(threshold)
+    limit = watched.by_the_past(threshold)
 
     def measure(leaves: _leaves.Leaves, extra_args: Any) -> _scopes.Measured:
         if formula is not None:
             return _scopes.measure(formula, leaves)
-        return _scopes.single(losses.watched(extra_args), leaves.dtype)
+        return _scopes.single(watched.loss(extra_args), leaves.dtype)
 
     def judge(
         leaves: _leaves.Leaves, state: GuardState, params: Any, extra_args: Any
@@ -224,7 +224,7 @@ def skip_if_spike(
         return zeros.norms, _limits.init(limit, zeros, leaves), names
 
     if accept_after is None:
-        accept_after = 10 if _past.is_learnt(threshold) else jnp.inf
+        accept_after = 10 if watched.is_learnt(threshold) else jnp.inf
     patience = skips.patience(max_consecutive, accept_after)
     return guard(inner, patience, init_rule, judge)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optaxclip._arguments import checks
-from optaxclip._guards import losses, outcomes, selection
+from optaxclip._guards import outcomes, selection, watched
 from optaxclip._measure import names as _names, stacks as _stacks, units as _units
 from optaxclip._mesh import summed
 from optaxclip._trees import leaves as _leaves
@@ -121,12 +121,12 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, GuardState]:
         checks.needed_state(state, GuardState)
-        losses.check_names(extra_args)
+        watched.check_name_of_loss(extra_args)
         state = _as_made(state)
-        leaves = _leaves.flatten(losses.still(updates))
+        leaves = _leaves.flatten(watched.detached(updates))
         fast = outcomes.like_updates(params)
         summed.check_summed(leaves, fast)
-        verdict = judge(leaves, state, fast, losses.with_still_loss(extra_args))
+        verdict = judge(leaves, state, fast, watched.with_detached_loss(extra_args))
         row = state.finite_count + verdict.is_finite.astype(jnp.int32)
         is_accepted = verdict.is_finite & (row > patience.accept_after)
         taken = selection.take(

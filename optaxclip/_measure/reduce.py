@@ -9,6 +9,7 @@ import numpy as np
 
 from optaxclip._measure import stacks as _stacks
 from optaxclip._mesh import collectives, splits as _splits
+from optaxclip._mesh.collectives import Axes
 
 _SMALL = 8192  # elements; smaller leaves are joined
 
@@ -25,11 +26,11 @@ class Piece(NamedTuple):
 
     array: jax.Array
     scopes: tuple[int, ...]
-    axes: collectives.Axes
+    axes: Axes
     stack: _stacks.Stack | None = None
 
 
-class Kept(NamedTuple):
+class Reduction(NamedTuple):
     """A leaf to be reduced along some of its dimensions only.
 
     Attributes:
@@ -41,7 +42,7 @@ class Kept(NamedTuple):
 
     array: jax.Array
     dimensions: tuple[int, ...]
-    axes: collectives.Axes
+    axes: Axes
     layers: int
 
 
@@ -57,7 +58,7 @@ def pieces(
     reduces small leaves together by itself. A stack of layers has a scope for each.
     """
     join = jax.default_backend() != "tpu"
-    small: dict[tuple[int, collectives.Axes, jnp.dtype], list[jax.Array]] = {}
+    small: dict[tuple[int, Axes, jnp.dtype], list[jax.Array]] = {}
     found = []
     for leaf, some, split, stack in zip(leaves, scopes, splits, stacks, strict=True):
         over = split.axes
@@ -69,7 +70,7 @@ def pieces(
             small.setdefault((scope, over, leaf.dtype), []).append(leaf)
         else:
             found.append(Piece(leaf[None], (scope,), over))
-    rows: dict[tuple[int, collectives.Axes, jnp.dtype], list[int]] = {}
+    rows: dict[tuple[int, Axes, jnp.dtype], list[int]] = {}
     for (scope, over, dtype), some in small.items():
         size = sum(leaf.size for leaf in some)
         rows.setdefault((size, over, dtype), []).append(scope)
@@ -119,11 +120,8 @@ def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.
     )
 
 
-def alike(leaves: Sequence[Kept]) -> list[list[int]]:
-    """Returns which leaves may have their norms in one array.
-
-    Only what is surely on one device.
-    """
+def alike(leaves: Sequence[Reduction]) -> list[list[int]]:
+    """Returns which may have their norms in one array: alike, and surely local."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         shape = np.array(leaf.array.shape)
@@ -135,17 +133,19 @@ def alike(leaves: Sequence[Kept]) -> list[list[int]]:
     return list(found.values())
 
 
-def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Array]:
+def norms_along(
+    leaves: Sequence[Reduction], scale: float, ord: float
+) -> list[jax.Array]:
     """Returns the norms along some dimensions, kept with size 1, times ``scale``.
 
     Each is an array of the norms of leaves that are `alike`.
     """
     leaves = [x._replace(array=scaled(x.array, scale, ord == 2)) for x in leaves]
     if ord == 1:
-        return _kept_totals(leaves, _modulus, jnp.sum)
+        return _totals_along(leaves, _modulus, jnp.sum)
     if ord == 2:
-        return [root(x, 2) for x in _kept_totals(leaves, square, jnp.sum)]
-    largest = _kept_totals(leaves, _modulus, jnp.max)
+        return [root(x, 2) for x in _totals_along(leaves, square, jnp.sum)]
+    largest = _totals_along(leaves, _modulus, jnp.max)
     if ord == jnp.inf:
         return largest
     units = [_unit(x) for x in largest]
@@ -155,7 +155,7 @@ def kept_norms(leaves: Sequence[Kept], scale: float, ord: float) -> list[jax.Arr
         for row, i in enumerate(some)
     }
     shrunk = [x._replace(array=over(x.array, rows[i])) for i, x in enumerate(leaves)]
-    totals = _kept_totals(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
+    totals = _totals_along(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
     return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
 
 
@@ -207,7 +207,7 @@ def _totals(
     """Combines a function of the elements by scope, over devices too."""
     if not pieces:
         return jnp.zeros(count)
-    by_axes: dict[collectives.Axes, list[Piece]] = {}
+    by_axes: dict[Axes, list[Piece]] = {}
     for piece in pieces:
         reduced = combine(element(piece.array), axis=range(1, piece.array.ndim))
         if piece.stack:
@@ -217,18 +217,15 @@ def _totals(
     return collectives.all_devices(totals, _collective(combine))
 
 
-def _kept_totals(
-    leaves: Sequence[Kept],
+def _totals_along(
+    leaves: Sequence[Reduction],
     element: Callable[[jax.Array], jax.Array],
     combine: Callable[..., jax.Array],
 ) -> list[jax.Array]:
     """Combines a function of the elements by unit, over devices too."""
-    parts = [
-        combine(element(x.array), axis=x.dimensions, keepdims=True) for x in leaves
-    ]
-    totals = collectives.each_over(
-        parts, [x.axes for x in leaves], _collective(combine)
-    )
+    parts = [combine(element(x.array), x.dimensions, keepdims=True) for x in leaves]
+    axes = [x.axes for x in leaves]
+    totals = collectives.each_over(parts, axes, _collective(combine))
     return [jnp.stack([totals[i] for i in some]) for some in alike(leaves)]
 
 

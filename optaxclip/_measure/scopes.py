@@ -187,7 +187,7 @@ def _cond(
 
 @jax.jit
 def _size(norm: jax.Array, power: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(norm), infinity.kept(norm / power), norm)
+    return jnp.where(jnp.isfinite(norm), infinity.replaced(norm / power), norm)
 
 
 def unscaled(plain: Plain, dtype: Any) -> Measured:

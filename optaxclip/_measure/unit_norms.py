@@ -47,7 +47,7 @@ def unit_norms(
     places = [tuple(rest[i] for i in some) for some in reduce.alike(parts)]
 
     def norms(scale: float) -> _units.Units:
-        arrays = reduce.kept_norms(parts, scale, checked(ord))
+        arrays = reduce.norms_along(parts, scale, checked(ord))
         if whole or not parts:
             of_whole = reduce.norms(pieces, scale, len(whole), checked(ord))
             return _units.Units([*arrays, of_whole], (*places, whole))
@@ -76,7 +76,7 @@ def _unit(
     axis: Axis | None,
     path: str,
     stack: _stacks.Stack | None,
-) -> reduce.Kept:
+) -> reduce.Reduction:
     """Returns along which dimensions of a leaf, and mesh axes, a unit goes."""
     if split.dimensions is None:
         if leaf.ndim > 1:
@@ -92,7 +92,7 @@ def _unit(
     axes = _unit_axes(tuple(shape[d] for d in own), axis, path)
     dimensions = tuple({own[d]: None for d in axes})
     along = -1 if stack is None else stack.axis
-    return reduce.Kept(leaf, dimensions, split.along(dimensions), along)
+    return reduce.Reduction(leaf, dimensions, split.along(dimensions), along)
 
 
 def _unit_axes(shape: tuple[int, ...], axis: Axis | None, path: str) -> tuple[int, ...]:

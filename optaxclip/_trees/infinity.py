@@ -28,7 +28,7 @@ def is_infinite(x: Any) -> Any:
 
 
 @jax.jit
-def kept(x: jax.Array) -> jax.Array:
+def replaced(x: jax.Array) -> jax.Array:
     """Returns ``x`` as a state keeps it: what is infinite replaced, a NaN as it is."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x

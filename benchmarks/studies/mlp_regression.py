@@ -9,9 +9,9 @@ of 600, about that of the first gradients, keeps every number finite, but the st
 so long still that the hidden units die, and the network predicts the mean.
 
 Run:
-    python examples/mlp_regression.py               # 16 seeds, about 6 s on two cores
-    python examples/mlp_regression.py --seeds 1     # mostly imports and compiling
-    python examples/mlp_regression.py --quick --out /path/to/figures
+    python benchmarks/studies/mlp_regression.py  # 16 seeds, about 6 s on two cores
+    python benchmarks/studies/mlp_regression.py --seeds 1  # mostly compiling
+    python benchmarks/studies/mlp_regression.py --quick --out /path/to/figures
 
 Expected (MSE, medians of 16 seeds; that of the mean of the targets is 20381 and 26269):
     no clip                  every run is NaN within the first dozen steps

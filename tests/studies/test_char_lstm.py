@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 CHUNKS = [10, 50]  # of the quick mode
 
 
 @pytest.fixture(scope="module")
 def char_lstm():
-    """Imports the example from its folder, as running it as a script does."""
+    """Imports the study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("char_lstm")
 
 

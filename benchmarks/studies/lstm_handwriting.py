@@ -16,9 +16,9 @@ throws the weights away. Five settings are compared over 100 time steps:
     small learning rate  1e-5, the best one without a clip
 
 Run:
-    python examples/lstm_handwriting.py            # 16 seeds, half a minute
-    python examples/lstm_handwriting.py --quick    # 2 seeds, 40 steps
-    python examples/lstm_handwriting.py --strokes lineStrokes   # real handwriting
+    python benchmarks/studies/lstm_handwriting.py  # 16 seeds, half a minute
+    python benchmarks/studies/lstm_handwriting.py --quick  # 2 seeds, 40 steps
+    python benchmarks/studies/lstm_handwriting.py --strokes lineStrokes  # real pens
 
 Expected (nats per time step on fresh pens, worst / median / best of 16 seeds; less is
 better, and the distance between them is the luck of a seed):

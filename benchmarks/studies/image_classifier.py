@@ -9,11 +9,11 @@ parameters); any other clip of the library by its name. The last line is the fai
 baseline: no clip, and the best of four smaller learning rates.
 
 Run:
-    python examples/image_classifier.py             # 16 seeds, 20 s on two cores
-    python examples/image_classifier.py --quick     # 2 seeds, 15 epochs
-    python examples/image_classifier.py --clip clip_by_group_norm=0.1 --clip NAME
-    python examples/image_classifier.py --data-dir FOLDER   # Fashion-MNIST, 3 minutes
-    python examples/image_classifier.py --openml            # downloads it
+    python benchmarks/studies/image_classifier.py  # 16 seeds, 20 s on two cores
+    python benchmarks/studies/image_classifier.py --quick  # 2 seeds, 15 epochs
+    python benchmarks/studies/image_classifier.py --clip clip_by_leaf_norm=0.1
+    python benchmarks/studies/image_classifier.py --data-dir FOLDER  # Fashion-MNIST
+    python benchmarks/studies/image_classifier.py --openml           # downloads it
 
 Expected (accuracy on test images in %, medians of 16 seeds):
                           digits, epochs      digits, 32 units    Fashion-MNIST

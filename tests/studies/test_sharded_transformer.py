@@ -17,16 +17,16 @@ from jax.sharding import PartitionSpec as P
 
 import optaxclip
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 NAMES = ["one device", "jit", "shard_map", "local norms"]
 AGREEING = NAMES[1:3]
 
 
 @pytest.fixture(scope="module")
 def example():
-    """Imports the example from its folder, as running it as a script does."""
+    """Imports the study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("sharded_transformer")
 
 
@@ -57,7 +57,7 @@ def read_table(printed):
 
 
 def check_table(printed):
-    """The claim of the example, which its table must be able to deny."""
+    """The claim of the study, which its table must be able to deny."""
     table = read_table(printed)
     assert list(table) == NAMES
     truth = table["one device"][0]
@@ -200,7 +200,7 @@ def test_copies_that_differ_are_found(example, mesh):
 
 def test_two_processes_agree_with_one(quick, tmp_path):
     table = check_table(quick[1])
-    command = [sys.executable, str(EXAMPLES / "sharded_transformer.py"), "--quick"]
+    command = [sys.executable, str(STUDIES / "sharded_transformer.py"), "--quick"]
     done = subprocess.run(
         [*command, "--processes", "2", "--out", str(tmp_path)],
         capture_output=True,

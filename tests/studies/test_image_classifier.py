@@ -16,7 +16,7 @@ import pytest
 
 import optaxclip
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 FILES = tuple(
     f"{half}-{kind}-ubyte"
     for half in ("train", "t10k")
@@ -27,9 +27,9 @@ NAMED = "clip_by_leaf_norm=0.1"
 
 @pytest.fixture(scope="module")
 def classifier():
-    """Imports the example from its folder, as running it as a script does."""
+    """Imports the study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("image_classifier")
 
 

@@ -6,8 +6,8 @@ of the 13 x 13 pairs of a global norm and a range. A threshold is an ordinary ar
 of the compiled program, so one program trains them all, about a hundred runs at a time.
 
 Run:
-    python examples/threshold_sweep.py               # 16 seeds, under two minutes
-    python examples/threshold_sweep.py --quick       # 5 thresholds, a few seconds
+    python benchmarks/studies/threshold_sweep.py          # 16 seeds, under two minutes
+    python benchmarks/studies/threshold_sweep.py --quick  # 5 thresholds, a few seconds
 
 Expected (median over 16 seeds of the MSE on the test half):
     norm per leaf    best about 15, at 0.6 to 1;  all converge from 0.2 to 5

@@ -1,4 +1,4 @@
-"""The example of broken batches runs, and shows what its first lines say it shows."""
+"""The study of broken batches runs, and shows what its first lines say it shows."""
 
 import contextlib
 import importlib
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 DEAD = ("neither clip nor guard", "clip", "apply_if_finite(5)")
 ALIVE = ("zero_nonfinite", "skip_if_nonfinite", "  and skip_if_spike")
 STEPS = 200  # of the quick mode
@@ -18,9 +18,9 @@ STEPS = 200  # of the quick mode
 
 @pytest.fixture(scope="module")
 def survive():
-    """Imports the example from its folder, as running it as a script does."""
+    """Imports the study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("survive_bad_batches")
 
 

@@ -12,9 +12,9 @@ settings, on a mesh with the axes data, fsdp and tensor:
                    the norm of a device's own pieces for that of the gradient
 
 Run:
-    python examples/sharded_transformer.py                  # 30 s on two cores
-    python examples/sharded_transformer.py --quick          # 20 s, mostly compiling
-    python examples/sharded_transformer.py --processes 2    # 1 min: the mesh spread
+    python benchmarks/studies/sharded_transformer.py                # 30 s on two cores
+    python benchmarks/studies/sharded_transformer.py --quick  # 20 s, mostly compiling
+    python benchmarks/studies/sharded_transformer.py --processes 2  # 1 min: its mesh
         over two processes, which talk to each other as two machines would
 
 Expected (largest relative deviation from one device in any of 80 steps):

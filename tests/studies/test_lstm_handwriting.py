@@ -1,4 +1,4 @@
-"""The handwriting example runs, and reads real handwriting when there is some."""
+"""The handwriting study runs, and reads real handwriting when there is some."""
 
 import importlib
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 @pytest.fixture(scope="module")
 def example():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("lstm_handwriting")
 
 

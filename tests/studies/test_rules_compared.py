@@ -16,15 +16,15 @@ from matplotlib.figure import Figure
 
 import optaxclip
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 TUNED = "clip_by_global_norm"
 
 
 @pytest.fixture(scope="module")
 def compared():
-    """Imports the example from its folder, as running it as a script does."""
+    """Imports the study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module("rules_compared")
 
 

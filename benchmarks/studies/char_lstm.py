@@ -7,9 +7,9 @@ it can explode, the further the longer the chunk. SGD with a learning rate of 20
 too large, leads there; two clips and a smaller rate are the remedies compared.
 
 Run:
-    python examples/char_lstm.py                        # 60 to 80 s on two cores
-    python examples/char_lstm.py --quick                # 10 s, mostly compiling
-    python examples/char_lstm.py --text book.txt --chunk 50 200 --l2 1e-5
+    python benchmarks/studies/char_lstm.py          # 60 to 80 s on two cores
+    python benchmarks/studies/char_lstm.py --quick  # 10 s, mostly compiling
+    python benchmarks/studies/char_lstm.py --text book.txt --chunk 50 200 --l2 1e-5
 
 Expected (nats per character on held-out text, medians of 3 seeds, Python 3.11's sources
 as the text; 200 updates for each length, so long chunks also see more of the text):

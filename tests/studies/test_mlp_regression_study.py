@@ -1,4 +1,4 @@
-"""The examples run, and show what their first lines say they show."""
+"""Both studies run, and show what their first lines say they show."""
 
 import contextlib
 import importlib
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+STUDIES = Path(__file__).parents[2] / "benchmarks" / "studies"
 
 
 @pytest.fixture(scope="module")
 def example():
-    """Imports an example from its folder, as running it as a script does."""
+    """Imports a study from its folder, as running it as a script does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
+        patch.syspath_prepend(str(STUDIES))
         yield importlib.import_module
 
 
@@ -125,7 +125,7 @@ def test_threshold_sweep_finds_the_thresholds_that_converge(example, tmp_path, c
 
 @pytest.mark.parametrize(
     "name",
-    sorted(path.stem for path in EXAMPLES.glob("*.py") if "tqdm" in path.read_text()),
+    sorted(path.stem for path in STUDIES.glob("*.py") if "tqdm" in path.read_text()),
 )
 def test_no_bar_guesses_the_time_left_while_it_compiles(example, capsys, name):
     with example(name).progress_bar(total=1200, unit="steps", mininterval=0) as bar:

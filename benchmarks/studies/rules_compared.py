@@ -9,9 +9,9 @@ Rules with a threshold are tuned first: the best of a small grid for each task a
 optimizer, on seeds of their own. Rules without one are taken as published.
 
 Run:
-    python examples/rules_compared.py               # some 5 minutes on two cores
-    python examples/rules_compared.py --tasks digits --rules zclip autoclip
-    python examples/rules_compared.py --quick       # four rules, 2 seeds: does it run?
+    python benchmarks/studies/rules_compared.py          # some 5 minutes on two cores
+    python benchmarks/studies/rules_compared.py --tasks digits --rules zclip autoclip
+    python benchmarks/studies/rules_compared.py --quick  # four rules, 2 seeds
 
 Expected (8 seeds):
     a threshold tuned   hardly any difference: the global norm, that of groups or units,

@@ -28,6 +28,8 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": (0, (6, 2, 1, 2, 1, 2))},
     {"color": "#E69F00", "linestyle": (0, (8, 2))},
     {"color": "#56B4E9", "linestyle": (0, (3, 1, 1, 1))},
+    {"color": "#777777", "linestyle": (0, (2, 4))},
+    {"color": "#332288", "linestyle": (0, (12, 2, 2, 2))},
 )
 LIMIT: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1}
 GUESS: dict[str, Any] = {"color": "black", "linestyle": (0, (1, 2)), "linewidth": 1}
@@ -57,14 +59,14 @@ def plot_runs(ax, values, style: Mapping[str, Any], label: str | None = None):
         ax.plot(steps[: last + 1], run[: last + 1], label=label, **style)
         label = None
         if 0 <= last < len(run) - 1:
-            ax.plot(steps[last], run[last], "x", color="black", markersize=7)
+            ax.plot(steps[last], run[last], "x", color="black", markersize=6)
 
 
 def mark_above(ax, x, style: Mapping[str, Any], label: str | None = "above the axis"):
     """Puts arrows to the upper edge, at the places where a value is above the axis."""
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-    color = style["color"]
-    ax.plot(x, np.full(np.shape(x), 0.97), "^", color=color, label=label, **place)
+    arrow = {"color": style["color"], "marker": "^", "linestyle": ""}
+    ax.plot(x, np.full(np.shape(x), 0.97), label=label, **arrow, **place)
 
 
 def legend_below(figure: Figure, axes: Sequence[Any], columns: int = 5) -> None:

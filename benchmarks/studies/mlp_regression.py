@@ -2,67 +2,74 @@
 
 This is the textbooks' experiment. The targets of the regression reach from -400 to
 400, so the first gradients are in the hundreds, and SGD with a learning rate of 0.01
-and momentum 0.9 throws the network out of its range within a dozen steps. Nine settings
-are compared: no clip, six clips, and the two other remedies that textbooks name (a
-small learning rate, a standardised target). One of the clips is a trap: a global norm
-of 600, about that of the first gradients, keeps every number finite, but the steps are
-so long still that the hidden units die, and the network predicts the mean.
+and momentum 0.9 throws the network out of its range within a dozen steps. Compared are
+no clip, six clips, and the two other remedies that textbooks name (a small learning
+rate, a standardised target). One of the clips is a trap: a global norm of 600, about
+that of the first gradients, keeps every number finite, but the steps are so long still
+that the hidden units die, and the network predicts the mean. At 0.01 every clip that
+works acts at almost every step. At a learning rate of 0.0015, which is too large as
+well without a clip, one acts on the largest gradients alone, and rests from there on.
 
 Run:
     python benchmarks/studies/mlp_regression.py  # 16 seeds, about 6 s on two cores
-    python benchmarks/studies/mlp_regression.py --seeds 1  # mostly compiling
     python benchmarks/studies/mlp_regression.py --quick --out /path/to/figures
 
 Expected (MSE, medians of 16 seeds; that of the mean of the targets is 20381 and 26269):
     no clip                  every run is NaN within the first dozen steps
-    global norm 1            train about 2.8, test about 18
+    global norm 1            train about 2.9, test about 19
     global norm 600          train 20384,     test about 28000: dead, the gradient of
                              the hidden layer is exactly 0 in 98 % of the last steps
     norm 1 per leaf          train about 1,   test about 16
-    values within 5          train about 45,  test about 50
-    values within 0.5        train about 5.5, test about 10
+    values within 5          train about 50,  test about 60
+    values within 0.5        train about 5,   test about 10
     relative step 0.03       train about 0.6, test about 5, with nothing tuned
-    small learning rate      train about 0.2, test about 6: a learning rate that is
-                             chosen well (3e-4; 2e-3 is NaN) needs no clip
-    standardised target      train about 50,  test about 140, in the original units
+    rate 0.0003              train about 0.2, test about 6: a learning rate that is
+                             chosen well needs no clip
+    standardised target      train about 50,  test about 120, in the original units
+    rate 0.0015              every run is NaN before step 400
+    rate 0.0015, norm 200    train about 0.2, test about 2.5; 7 % of the steps clipped,
+                             none of the last epoch
 Four figures are written: the target, the learning curves, the norms of the gradients,
 and the loss that turns into NaN beside the one that does not.
 """
 
-import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import _figures
+import _study
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _figures import GUESS, LIMIT, STYLES
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
 from sklearn.datasets import make_regression
-from tqdm import tqdm
 
 import optaxclip
 
+FULL = {"seeds": 16, "epochs": 100}
+QUICK = {"seeds": 2, "epochs": 30}
 TRAIN_ROWS = 500  # and as many for testing
 FEATURES = 20
 BATCH_SIZE = 32
 BATCHES = math.ceil(TRAIN_ROWS / BATCH_SIZE)  # steps per epoch; the last is smaller
+LEARNING_RATE = 0.01
 MOMENTUM = 0.9
-SMALL = 0.03  # times the learning rate: the best one without a clip is 3e-4
-TOO_HIGH = 600.0  # a threshold that keeps the numbers finite, and kills the network
 CONVERGED = 100.0  # MSE below which a run counts as converged
+WITHOUT, WITH = "rate 0.0015", "rate 0.0015, norm 200"  # of `loss_to_nan`
 
 
 class Setting(NamedTuple):
     """One way to keep the training stable. A threshold of inf never clips."""
 
-    learning_rate: float
+    learning_rate: float = LEARNING_RATE
     max_norm: float = math.inf  # of all gradients together
     max_leaf_norm: float = math.inf  # of each kernel and each bias
     max_value: float = math.inf  # of each element
@@ -97,19 +104,21 @@ def regression_data() -> Data:
     return Data(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-def textbook_settings(data: Data, learning_rate: float) -> dict[str, Setting]:
+def textbook_settings(data: Data) -> dict[str, Setting]:
     """Lists the settings to compare, by the name they have in table and figures."""
     mean, std = data.y[:TRAIN_ROWS].mean(), data.y[:TRAIN_ROWS].std()
     return {
-        "no clip": Setting(learning_rate),
-        "global norm 1": Setting(learning_rate, max_norm=1.0),
-        f"global norm {TOO_HIGH:g}": Setting(learning_rate, max_norm=TOO_HIGH),
-        "norm 1 per leaf": Setting(learning_rate, max_leaf_norm=1.0),
-        "values within 5": Setting(learning_rate, max_value=5.0),
-        "values within 0.5": Setting(learning_rate, max_value=0.5),
-        "relative step 0.03": Setting(learning_rate, relative_step=0.03),
-        f"learning rate {SMALL * learning_rate:g}": Setting(SMALL * learning_rate),
-        "standardised target": Setting(learning_rate, target_mean=mean, target_std=std),
+        "no clip": Setting(),
+        "global norm 1": Setting(max_norm=1.0),
+        "global norm 600": Setting(max_norm=600.0),
+        "norm 1 per leaf": Setting(max_leaf_norm=1.0),
+        "values within 5": Setting(max_value=5.0),
+        "values within 0.5": Setting(max_value=0.5),
+        "relative step 0.03": Setting(relative_step=0.03),
+        "rate 0.0003": Setting(3e-4),  # the best one without a clip, on train
+        "standardised target": Setting(target_mean=mean, target_std=std),
+        WITHOUT: Setting(1.5e-3),
+        WITH: Setting(1.5e-3, max_norm=200.0),
     }
 
 
@@ -156,10 +165,11 @@ def seen_by_the_clips(opt_state, params):
     )
 
 
-def squared_errors(setting: Setting, params, x, y):
+def squared_errors(setting: Setting, params, x, y) -> jax.Array:
     """Compares predictions and targets, in the units that the network learns."""
     target = (y - setting.target_mean) / setting.target_std
-    return (Network().apply({"params": params}, x) - target) ** 2
+    predicted = jnp.asarray(Network().apply({"params": params}, x))
+    return (predicted - target) ** 2
 
 
 @jax.jit  # one program for all runs: flax is slow to initialise outside of jit
@@ -195,7 +205,7 @@ def train_epoch(setting: Setting, run, batches, data: Data):
     run, measured = jax.lax.scan(step, run, batches)
     errors = squared_errors(setting, run[0], data.x, data.y) * setting.target_std**2
     train_mse, test_mse = errors.reshape(2, TRAIN_ROWS).mean(axis=1)
-    return run, History(train_mse[None], test_mse[None], *measured)
+    return run, (train_mse[None], test_mse[None], *measured)
 
 
 def shuffled_batches(generators) -> np.ndarray:
@@ -231,49 +241,47 @@ def train(
         runs, history = train_epoch(runs_settings, runs, batches, data)
         epoch_histories.append(jax.device_get(history))  # waits for the epoch to end
         on_epoch()
-    return jax.tree.map(
+    measured = jax.tree.map(
         lambda *parts: np.hstack(parts).reshape(len(settings), seeds, -1),
         *epoch_histories,
     )
+    return History(*measured)
 
 
-def quartiles(values, axis=0) -> np.ndarray:
-    """Takes quartiles in which a NaN counts as the largest value: nothing is worse."""
-    worst = 1e300  # beyond float32
-    values = np.asarray(values, np.float64)
-    values = np.where(np.isfinite(values), values, worst)
-    result = np.percentile(values, (25, 50, 75), axis=axis)
-    return np.where(result < 1e100, result, np.nan)
+# ---- What it shows -------------------------------------------------------------------
 
 
-def first_true(conditions) -> np.ndarray:
-    """Counts from 1 to the first true entry of each row; inf where there is none."""
-    first = conditions.argmax(axis=-1) + 1.0
-    return np.where(conditions.any(axis=-1), first, np.inf)
-
-
-def print_table(names: Sequence[str], data: Data, history: History) -> None:
-    """Prints one aligned line per setting."""
-    columns = "{:20} {:>10} {:>7} {:>6}  {:>21}  {:>21} {:>10}".format
-    heads = "not finite", "at step", "dead", "train MSE", "test MSE", "loss < 100"
-    print(columns("", *heads))
-    parts = "25 % / median / 75 %"
-    print(columns("setting", "runs", "", "steps", parts, parts, "at epoch"))
-    dead = dead_share(history)
-    for i, name in enumerate(names):
-        broken = first_true(~np.isfinite(history.batch_loss[i]))
-        steps = broken[np.isfinite(broken)]
-        cells = [name, f"{steps.size} of {broken.size}"]
-        cells += [f"{steps.min():.0f}-{steps.max():.0f}" if steps.size else "-"]
-        cells += [f"{dead[i]:.0%}"]
+def print_settings(settings: Mapping[str, Setting], history: History) -> None:
+    """Prints one line per setting."""
+    heads = ["setting", "not finite\nruns", "from\nstep", "clipped\nsteps"]
+    heads += [f"{half} MSE\n{_study.QUARTILES}" for half in ("train", "test")]
+    rows, shares = (
+        [],
+        zip(clipped_share(settings, history), dead_share(history), strict=True),
+    )
+    for i, (name, (clipped, dead)) in enumerate(zip(settings, shares, strict=True)):
+        last = _study.last_finite(history.batch_loss[i])
+        broken = last[last < history.batch_loss.shape[-1] - 1] + 2  # counted from 1
+        row = [name, f"{broken.size} of {last.size}"]
+        row += [f"{broken.min()}-{broken.max()}" if broken.size else "-"]
+        row += [f"{clipped:.1%}", f"{dead:.0%}"]
         for mse in history.train_mse[i], history.test_mse[i]:
-            cells += [" / ".join(map(short, quartiles(mse[:, -1])))]
-        epoch = np.median(first_true(epoch_loss(history.batch_loss[i]) < CONVERGED))
-        cells += [f"{epoch:.0f}" if np.isfinite(epoch) else "never"]
-        print(columns(*cells))
-    train, test = map(short, mse_of_the_mean(data))
-    print("Dead steps: those of the last epoch whose hidden gradient is exactly 0.")
-    print(f"The mean of the targets has an MSE of {train} on train, {test} on test.")
+            row += [_study.three_quartiles(mse[:, -1])]
+        rows.append(row)
+    _study.print_table([*heads[:4], "dead\nsteps", *heads[4:]], rows)
+
+
+def clipped_share(settings: Mapping[str, Setting], history: History) -> list[float]:
+    """Gives the share of the steps in which the clip of a setting changes anything."""
+    shares = []
+    for i, setting in enumerate(settings.values()):
+        clipped = history.norm[i] > setting.max_norm
+        clipped |= history.largest[i] > setting.max_value
+        clipped |= history.step_norm[i] > history.max_step[i]
+        for norms in history.leaf_norms.values():
+            clipped |= norms[i] > setting.max_leaf_norm
+        shares.append(float(clipped.mean()))
+    return shares
 
 
 def dead_share(history: History) -> np.ndarray:
@@ -291,255 +299,173 @@ def mse_of_the_mean(data: Data) -> tuple[float, float]:
     return float((train**2).mean()), float((test**2).mean())
 
 
-def short(value: float) -> str:
-    """Writes a number in at most five characters or so."""
-    if value < 100:
-        return f"{value:.3g}"
-    return f"{value:.0f}" if value < 1e5 else f"{value:.0e}"
-
-
-def epoch_loss(batch_loss) -> np.ndarray:
-    """Averages the loss over the rows of each epoch, as Keras prints it."""
-    sizes = np.full(BATCHES, BATCH_SIZE)
-    sizes[-1] = TRAIN_ROWS - sizes[:-1].sum()
-    return np.average(
-        batch_loss.reshape(len(batch_loss), -1, BATCHES), weights=sizes, axis=-1
-    )
-
-
-def plot_all(settings, data: Data, history: History, folder: Path) -> list[Path]:
-    """Writes the figures, and gives their paths."""
-    names, mean = list(settings), mse_of_the_mean(data)[0]
-    figures = {
-        "target": partial(plot_target, data),
-        "learning_curves": partial(plot_learning_curves, names, history, mean),
-        "gradient_norms": partial(plot_gradient_norms, settings, history),
-        "loss_to_nan": partial(plot_loss_to_nan, history),
-    }
-    for name, plot in figures.items():
-        plot(folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
-
-
-def plot_target(data: Data, path: Path) -> None:
+def plot_target(data: Data) -> Figure:
     """Shows why the gradients are large: the targets spread over hundreds."""
-    figure, (left, right) = new_figure(1, 2, figsize=(10, 4))
-    halves = {"train": data.y[:TRAIN_ROWS], "test": data.y[TRAIN_ROWS:]}
-    left.hist(list(halves.values()), bins=25, label=list(halves))
-    left.set(xlabel="target", ylabel="number of rows", title="Histogram")
-    left.legend()
-    right.boxplot(list(halves.values()))
-    right.set_xticks([1, 2], list(halves))
-    right.set(ylabel="target", title="Median, quartiles, and outliers (circles)")
-    figure.suptitle("The targets of the regression, as they are")
-    figure.savefig(path)
+    figure, axes = _figures.new_figure(1, 1, (7, 4))
+    ax, halves = axes[0, 0], {"train": data.y[:TRAIN_ROWS], "test": data.y[TRAIN_ROWS:]}
+    bins = np.linspace(-500, 500, 26).tolist()
+    for style, (name, y) in zip(STYLES, halves.items(), strict=False):
+        ax.hist(y, bins, histtype="step", label=f"{name}, {len(y)} rows", **style)
+    ax.set(xlabel="target y (no unit)", ylabel="number of rows", xlim=(-500, 500))
+    ax.legend()
+    figure.suptitle(
+        f"Targets that spread over hundreds (standard deviation {data.y.std():.0f}):"
+        "\nso do the errors, and the gradients with them"
+    )
+    return figure
 
 
-def plot_learning_curves(
-    names: Sequence[str], history: History, mean: float, path: Path
-) -> None:
-    """Shows MSE over epochs, and the loss over the first steps without a clip."""
-    figure, axes = new_figure(2, 5, figsize=(18, 7.5))
-    plot_first_steps(axes[0, 0], history.batch_loss[0], names[0])
-    axes[0, 0].set(ylabel="loss of the batch")
+def plot_first_epoch(ax, values, ylabel: str) -> None:
+    """Draws every run without a clip, up to where it leaves the finite numbers."""
+    style = {"color": "#D55E00", "linewidth": 0.8}
+    _figures.plot_runs(ax, values[:, :BATCHES], style, "a run")
+    ax.plot([], [], "x", color="black", label="last finite value")
+    ax.set(title="no clip, the first epoch", xlabel="step", ylabel=ylabel)
+    ax.set(yscale="log", xlim=(0.5, BATCHES + 0.5), xticks=range(1, BATCHES + 1, 3))
+    ax.legend(loc="lower right")
+
+
+def plot_learning_curves(names: Sequence[str], history: History, data: Data) -> Figure:
+    """Lays the MSE of all settings that stay finite over each other."""
+    figure, axes = _figures.new_figure(1, 3, (16, 6.5), width_ratios=(1, 1.6, 1.6))
+    first, *halves = axes[0]
+    plot_first_epoch(first, history.batch_loss[0], "loss of the batch (MSE)")
     epochs = np.arange(1, history.train_mse.shape[-1] + 1)
-    for i, ax in enumerate(axes.flat[1:-1], start=1):
-        plot_band(ax, epochs, history.train_mse[i], "C0", "train")
-        plot_band(ax, epochs, history.test_mse[i], "C1", "test")
-        ax.axhline(mean, color="black", linestyle=":", label="the mean of the targets")
-        ax.set(title=names[i], xlabel="epoch", ylabel="mean squared error")
-        ax.set(yscale="log", ylim=(0.01, 1e5))
-        ax.legend(loc="lower left")
-    explain(figure, axes.flat[-1], "The loss while training", history)
-    figure.savefig(path)
+    final = _study.median(history.test_mse[..., -1], axis=1)
+    order = [i for i in np.argsort(final) if np.isfinite(final[i])]
+    curves = {"train": history.train_mse, "test": history.test_mse}
+    for ax, half, mean in zip(halves, curves, mse_of_the_mean(data), strict=True):
+        for i, style in zip(order, STYLES, strict=True):
+            _figures.plot_band(ax, epochs, curves[half][i], style, names[i])
+        ax.axhline(CONVERGED, label=f"{CONVERGED:g}: below it, converged", **LIMIT)
+        ax.axhline(mean, label="the mean of the targets", **GUESS)
+        ax.set(title=f"{half}: median of the runs and quartiles", xlabel="epoch")
+        ax.set(yscale="log", ylim=(0.05, 1e5), ylabel=f"MSE on the {half} half")
+    _figures.legend_below(figure, halves, columns=6)
+    lost = ", ".join(names[i] for i in np.flatnonzero(~np.isfinite(final)))
+    figure.suptitle(
+        f"With a clip the network learns; NaN, and not drawn over the epochs: {lost}."
+        "\nThe names below are in the order of the last test MSE, the best one first."
+    )
+    return figure
 
 
-def plot_gradient_norms(settings, history: History, path: Path) -> None:
+PANELS = {
+    "global norm 1": "always below the norm",
+    "global norm 600": "dead from step 300 on",
+    "norm 1 per leaf": "four scopes",
+    "values within 0.5": "always below",
+    "relative step 0.03": "falls with t",
+    "rate 0.0003": "no clip needed",
+    WITH: "acts, then rests",
+}
+
+
+def plot_gradient_norms(settings: Mapping[str, Setting], history: History) -> Figure:
     """Shows what each clip measured, before it clipped, beside its threshold."""
-    figure, axes = new_figure(2, 5, figsize=(18, 7.5))
-    names = list(settings)
-    plot_first_steps(axes[0, 0], history.norm[0], names[0])
-    axes[0, 0].set(ylabel="norm of the gradient")
+    figure, axes = _figures.new_figure(2, 4, (16, 8))
+    first, *panels = axes.flat
+    plot_first_epoch(first, history.norm[0], "norm of the gradient")
     steps = np.arange(1, history.norm.shape[-1] + 1)
-    for i, ax in enumerate(axes.flat[1:-1], start=1):
-        measured, threshold = measured_by(settings[names[i]], history, i)
-        for number, (label, values) in enumerate(measured.items()):
-            plot_band(ax, steps, values, f"C{number}", label)
+    for ax, (name, message) in zip(panels, PANELS.items(), strict=True):
+        i = list(settings).index(name)
+        what, measured, threshold = measured_by(settings[name], history, i)
+        for style, (label, values) in zip(STYLES, measured.items(), strict=False):
+            _figures.plot_band(ax, steps, values, style, label)
         if np.isfinite(threshold).all():
             threshold = np.broadcast_to(threshold, steps.shape)
-            ax.plot(steps, threshold, color="black", linestyle="--", label="threshold")
-        ax.set(title=names[i], xlabel="step (log scale)", ylabel="before the clip")
-        ax.set(xscale="log", yscale="log", ylim=(3e-3, 3e6))
-        ax.legend(loc="upper right", ncols=2 if len(measured) > 2 else 1)
-    explain(figure, axes.flat[-1], "The gradient before the clip", history)
-    figure.savefig(path)
+            ax.plot(steps, threshold, label="threshold", **LIMIT)
+        ax.set(title=f"{name}: {message}", xlabel="step (log scale)", ylabel=what)
+        ax.set(xscale="log", yscale="log", ylim=(3e-3, 1e6))
+        ax.legend(loc="upper right", ncols=2)
+    figure.suptitle(
+        "What each clip saw before it clipped (median and quartiles of the runs):"
+        "\nonly the last one acts on large gradients alone"
+    )
+    return figure
 
 
-def measured_by(setting: Setting, history: History, i: int) -> tuple[dict, Any]:
-    """Names the sizes that the clip of a setting looks at, and gives its threshold."""
+def measured_by(setting: Setting, history: History, i: int) -> tuple[str, dict, Any]:
+    """Says what the clip of a setting looks at, gives it, and its threshold."""
     if math.isfinite(setting.max_leaf_norm):
         leaves = {leaf: norms[i] for leaf, norms in history.leaf_norms.items()}
-        return leaves, setting.max_leaf_norm
+        return "norm of a leaf of the gradient", leaves, setting.max_leaf_norm
     if math.isfinite(setting.max_value):
-        largest = {"largest |element| of the gradient": history.largest[i]}
-        return largest, setting.max_value
+        largest = {"largest element": history.largest[i]}
+        return "largest |element| of the gradient", largest, setting.max_value
     if math.isfinite(setting.relative_step):
-        step = {"norm of learning rate x gradient": history.step_norm[i]}
-        return step, np.median(history.max_step[i], axis=0)
-    measured = {"norm of the gradient": history.norm[i]}
-    if math.isfinite(setting.max_norm):
-        hidden = history.leaf_norms["Dense_0/kernel"][i]
-        measured["hidden kernel, after the clip"] = hidden
-    return measured, setting.max_norm
+        step, bound = history.step_norm[i], np.median(history.max_step[i], axis=0)
+        return "norm of learning rate x gradient", {"step": step}, bound
+    measured = {"whole gradient": history.norm[i]}
+    if setting.max_norm == 600:  # where it dies
+        measured["hidden kernel, clipped"] = history.leaf_norms["Dense_0/kernel"][i]
+    return "norm of the gradient", measured, setting.max_norm
 
 
-def plot_loss_to_nan(history: History, path: Path) -> None:
+def plot_loss_to_nan(settings: Mapping[str, Setting], history: History) -> Figure:
     """Shows one run without a clip and the same run with one: loss and norm."""
-    figure, (top, bottom) = new_figure(2, 1, figsize=(8, 6.5), sharex=True)
-    steps = np.arange(1, history.norm.shape[-1] + 1)
-    for i, color, label in (0, "C3", "no clip"), (1, "C0", "clip_by_global_norm(1.0)"):
-        loss, norm = history.batch_loss[i, 0], history.norm[i, 0]
-        top.plot(steps, finite(loss), color=color, label=label)
-        bottom.plot(steps, finite(norm), color=color)
-        step = first_true(np.isnan(loss))
-        if np.isfinite(step):
-            top.axvline(step, color=color, linestyle=":")
-            bottom.axvline(step, color=color, linestyle=":")
-            top.text(1.05 * step, 1e8, f"NaN from step {step:.0f} on", color=color)
-    bottom.axhline(1.0, color="black", linestyle="--", label="max_norm = 1.0")
-    top.set(xscale="log", yscale="log", ylim=(0.3, 1e10), ylabel="loss of the batch")
-    bottom.set(yscale="log", ylim=(0.3, 1e7), ylabel="gradient norm before the clip")
+    figure, axes = _figures.new_figure(2, 1, (8, 6.5), sharex=True)
+    top, bottom = axes[:, 0]
+    bad, good = (list(settings).index(name) for name in (WITHOUT, WITH))
+    max_norm, steps = settings[WITH].max_norm, np.arange(1, history.norm.shape[-1] + 1)
+    label = f"clip_by_global_norm({max_norm:g})"
+    for ax, values, end in (top, history.batch_loss, 1e6), (bottom, history.norm, 1e5):
+        without, with_clip = values[bad, 0], values[good, 0]
+        shown = np.where(without < end, without, np.nan)
+        ax.plot(steps, shown, label="no clip", **STYLES[1])
+        above = np.isfinite(without) & (without >= end)
+        _figures.mark_above(ax, steps[above], STYLES[1], "no clip, above the axis")
+        ax.plot(steps, with_clip, label=label, **STYLES[0])
+        ax.set(xscale="log", yscale="log")
+    broken = _study.last_finite(history.batch_loss[bad, 0]) + 2  # counted from 1
+    if broken <= steps.size:
+        for ax in axes.flat:
+            ax.axvline(broken, color=STYLES[1]["color"], linestyle=":")
+        text = f" NaN from\n step {broken} on"
+        top.text(broken, 5e4, text, color=STYLES[1]["color"], va="center")
+    norm = history.norm[good, 0]
+    label = f"clipped: {(norm > max_norm).sum()} of {norm.size} steps"
+    style = {"color": STYLES[0]["color"], "alpha": 0.3, "label": label}
+    bottom.fill_between(steps, max_norm, norm, (norm > max_norm).tolist(), **style)
+    bottom.axhline(max_norm, label=f"max_norm = {max_norm:g}", **LIMIT)
+    top.set(ylim=(0.03, 1e6), ylabel="loss of the batch (MSE)")
+    bottom.set(ylim=(3, 1e5), ylabel="gradient norm before the clip")
     bottom.set(xlabel="step (log scale)")
-    top.legend(loc="upper right")
-    bottom.legend(loc="upper right")
-    figure.suptitle("The same training run without and with a clip")
-    figure.savefig(path)
-
-
-def new_figure(rows: int, columns: int, figsize, sharex=False):
-    """Opens a figure. matplotlib is imported here: it takes most of a second."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
-    rcParams.update({"legend.frameon": False, "legend.fontsize": "small"})
-    rcParams.update({"lines.linewidth": 1.2})
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(rows, columns, sharex=sharex)
-
-
-def plot_first_steps(ax, values, name: str) -> None:
-    """Draws the first epoch of every run, up to where it leaves the finite numbers."""
-    for run in values[:, :BATCHES]:
-        steps = np.arange(1, run.size + 1)
-        ax.plot(steps, finite(run), color="C3", alpha=0.5)
-        last = np.isfinite(run).sum() - 1
-        if 0 <= last < run.size - 1:
-            ax.plot(steps[last], run[last], "x", color="black")
-    ax.set(title=f"{name}: the first {BATCHES} steps", xlabel="step", yscale="log")
-    ax.set(xlim=(0.5, BATCHES + 0.5), xticks=range(1, BATCHES + 1, 3))
-
-
-def plot_band(ax, x, values, color: str, label: str) -> None:
-    """Draws the median of the runs, and a band between their quartiles."""
-    low, middle, high = quartiles(values)
-    ax.plot(x, middle, color=color, label=label)
-    ax.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-
-
-def explain(figure, ax, title: str, history: History) -> None:
-    """Uses the last panel to say how to read the others."""
-    figure.suptitle(title)
-    seeds = history.norm.shape[1]
-    lines = (
-        f"{seeds} runs in each panel",
-        "line: their median",
-        "band: between their quartiles",
-        "x: last finite value of a run,",
-        "    inf or NaN from there on",
+    for ax in axes.flat:
+        ax.legend(loc="lower left")
+    figure.suptitle(
+        "Without a clip the loss goes to NaN; with one it falls,"
+        "\nand the clip acts only as long as the gradient is large"
     )
-    ax.axis("off")
-    ax.text(0, 0.5, "\n".join(lines), fontsize="large", linespacing=1.8, va="center")
-
-
-def finite(values) -> np.ndarray:
-    """Leaves out what a logarithmic axis cannot show."""
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def progress_bar(**options) -> tqdm:
-    """Makes a bar that does not guess the time left: much of it goes into compiling."""
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
-    return tqdm(desc="compiling and training", bar_format=form, **options)
-
-
-def whole_number(text: str) -> int:
-    """Reads an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """Reads an option that must be a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
-
-
-def option_parser(description: str, quick: str) -> argparse.ArgumentParser:
-    """Lists the options that the two experiments on this data set share."""
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    add("--seeds", type=whole_number, help="runs per setting (default 16)")
-    add("--epochs", type=whole_number, help="passes over the data (default 100)")
-    add("--learning-rate", type=positive_number, default=0.01, help="default 0.01")
-    add("--out", type=Path, default=Path("figures"), help="folder of the figures")
-    add("--quick", action="store_true", help=quick)
-    add("--cpu", action="store_true", help="leave an accelerator alone")
-    return parser
-
-
-def parse_options(parser: argparse.ArgumentParser, arguments) -> argparse.Namespace:
-    """Reads the options, and prepares the device and the folder they ask for."""
-    options = parser.parse_args(arguments)
-    options.seeds = options.seeds or (2 if options.quick else 16)
-    options.epochs = options.epochs or (30 if options.quick else 100)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: expected a folder to write to: {error}")
-    if options.cpu:
-        jax.config.update("jax_platforms", "cpu")
-    return options
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
     """Trains all settings, prints the table, and writes the figures."""
-    cpu_start, start = time.process_time(), time.perf_counter()
-    parser = option_parser(
-        "Trains a small network on unscaled targets, with and without clips.",
-        quick="2 seeds and 30 epochs unless said otherwise",
+    start = time.perf_counter()
+    text = "Trains a small network on unscaled targets, with and without clips."
+    options = _study.parse_options(
+        _study.option_parser(text, FULL, QUICK), arguments, QUICK
     )
-    options = parse_options(parser, arguments)
     data = regression_data()
-    settings = textbook_settings(data, options.learning_rate)
-    with progress_bar(total=options.epochs, unit="epochs") as bar:
+    settings = textbook_settings(data)
+    with _study.progress_bar(total=options.epochs, unit="epochs") as bar:
         history = train(
             list(settings.values()), options.seeds, options.epochs, data, bar.update
         )
-    cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
-    print_table(list(settings), data, history)
-    print(
-        f"{len(settings)} x {options.seeds} runs, compiled and trained together on"
-        f" {jax.devices()[0].device_kind}: {seconds:.1f} s"
-        f" (CPU seconds after imports: {cpu:.1f})."
-    )
-    print("Figures:", *plot_all(settings, data, history, options.out), sep="\n  ")
+    time_taken = _study.took(start)
+    print_settings(settings, history)
+    train_mse, test_mse = map(_study.short, mse_of_the_mean(data))
+    print("Dead steps: those of the last epoch whose hidden gradient is exactly 0.")
+    print(f"The mean of the targets: MSE {train_mse} on train, {test_mse} on test.")
+    print(f"{len(settings)} x {options.seeds} runs, trained together {time_taken}.")
+    figures = {
+        "target": partial(plot_target, data),
+        "learning_curves": partial(plot_learning_curves, list(settings), history, data),
+        "gradient_norms": partial(plot_gradient_norms, settings, history),
+        "loss_to_nan": partial(plot_loss_to_nan, settings, history),
+    }
+    _figures.save_all(figures, options.out)
     return history
 
 

@@ -325,14 +325,14 @@ def plot_first_epoch(ax, values, ylabel: str) -> None:
     ax.legend(loc="lower right")
 
 
-def plot_learning_curves(names: Sequence[str], history: History, data: Data) -> Figure:
+def plot_learning_curves(names: list[str], history: History, data: Data) -> Figure:
     """Lays the MSE of all settings that stay finite over each other."""
     figure, axes = _figures.new_figure(1, 3, (16, 6.5), width_ratios=(1, 1.6, 1.6))
     first, *halves = axes[0]
     plot_first_epoch(first, history.batch_loss[0], "loss of the batch (MSE)")
     epochs = np.arange(1, history.train_mse.shape[-1] + 1)
     final = _study.median(history.test_mse[..., -1], axis=1)
-    order = [i for i in np.argsort(final) if np.isfinite(final[i])]
+    order = [i for i in np.argsort(final).tolist() if np.isfinite(final[i])]
     curves = {"train": history.train_mse, "test": history.test_mse}
     for ax, half, mean in zip(halves, curves, mse_of_the_mean(data), strict=True):
         for i, style in zip(order, STYLES, strict=True):
@@ -342,7 +342,7 @@ def plot_learning_curves(names: Sequence[str], history: History, data: Data) -> 
         ax.set(title=f"{half}: median of the runs and quartiles", xlabel="epoch")
         ax.set(yscale="log", ylim=(0.05, 1e5), ylabel=f"MSE on the {half} half")
     _figures.legend_below(figure, halves, columns=6)
-    lost = ", ".join(names[i] for i in np.flatnonzero(~np.isfinite(final)))
+    lost = ", ".join(names[i] for i in np.flatnonzero(~np.isfinite(final)).tolist())
     figure.suptitle(
         f"With a clip the network learns; NaN, and not drawn over the epochs: {lost}."
         "\nThe names below are in the order of the last test MSE, the best one first."

@@ -22,24 +22,16 @@ One figure is written: the three sweeps, and a heat map of the pairs.
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
-import jax
+import _figures
+import _study
 import numpy as np
-from mlp_regression import (
-    CONVERGED,
-    Setting,
-    new_figure,
-    option_parser,
-    parse_options,
-    plot_band,
-    progress_bar,
-    quartiles,
-    regression_data,
-    short,
-    train,
-)
+from _figures import LIMIT, STYLES
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from mlp_regression import CONVERGED, FULL, QUICK, Setting, regression_data, train
 
 CHUNK = 8  # settings trained together: with 16 seeds more in one program are slower
 
@@ -59,19 +51,17 @@ class Sweep(NamedTuple):
         }
 
 
-def sweep(thresholds, learning_rate: float, seeds: int, epochs: int) -> Sweep:
+def sweep(thresholds, seeds: int, epochs: int) -> Sweep:
     """Trains all settings, chunk after chunk, and keeps their final errors."""
     ends = [*thresholds, math.inf]
-    settings = [Setting(learning_rate, max_leaf_norm=norm) for norm in thresholds]
+    settings = [Setting(max_leaf_norm=norm) for norm in thresholds]
     settings += [
-        Setting(learning_rate, max_norm=norm, max_value=value)
-        for norm in ends
-        for value in ends
+        Setting(max_norm=norm, max_value=value) for norm in ends for value in ends
     ]
     # Fill the last chunk up: chunks of one size need one compiled program.
     filled = settings + settings[-1:] * (-len(settings) % CHUNK)
     data, errors = regression_data(), []
-    with progress_bar(total=len(filled) // CHUNK * epochs, unit="epochs") as bar:
+    with _study.progress_bar(total=len(filled) // CHUNK * epochs, unit="epochs") as bar:
         for start in range(0, len(filled), CHUNK):
             chunk = filled[start : start + CHUNK]
             history = train(chunk, seeds, epochs, data, bar.update)
@@ -87,107 +77,104 @@ def converged(errors) -> np.ndarray:
 
 
 def median_on_test(errors) -> np.ndarray:
-    """Takes the median over the seeds on the test half; NaN is the worst value."""
-    return quartiles(errors[1], axis=-1)[1]
+    """Takes the median over the seeds on the test half; a NaN is infinite."""
+    return _study.median(errors[1], axis=-1)
 
 
-def print_table(thresholds, result: Sweep) -> None:
+def print_sweep(thresholds, result: Sweep) -> None:
     """Prints one line per threshold, then the best of each sweep."""
-    sweeps = result.by_name()
-    columns = "{:>9}" + " {:>15}" * len(sweeps)
-    print("Median of the test MSE; * all seeds below 100 on the training half")
-    print(columns.format("threshold", *sweeps))
+    sweeps, rows = result.by_name(), []
     for i, threshold in enumerate(thresholds):
-        cells = [
-            short(median_on_test(errors)[i]) + " *"[int(converged(errors)[i])]
-            for errors in sweeps.values()
-        ]
-        print(columns.format(f"{threshold:.3g}", *cells))
+        row = [f"{threshold:.3g}"]
+        for errors in sweeps.values():
+            mark = " *"[int(converged(errors)[i])]
+            row.append(_study.short(median_on_test(errors)[i]) + mark)
+        rows.append(row)
+    print("Median of the test MSE; * all seeds below 100 on the training half")
+    _study.print_table(["threshold", *sweeps], rows)
     for name, errors in sweeps.items():
-        median = median_on_test(errors)
-        best = np.argmin(np.nan_to_num(median, nan=np.inf))
-        print(f"{name}: best {short(median[best])} at {thresholds[best]:.3g}")
+        middle = median_on_test(errors)
+        best = middle.argmin()
+        print(f"{name}: best {_study.short(middle[best])} at {thresholds[best]:.3g}")
     print(best_pair(thresholds, result)[1])
 
 
 def best_pair(thresholds, result: Sweep) -> tuple[tuple[int, int], str]:
     """Finds the best pair of global norm and range, and names it."""
-    median = median_on_test(result.pairs)[:-1, :-1]
-    best = np.argmin(np.nan_to_num(median, nan=np.inf))
-    row, column = np.unravel_index(best, median.shape)
+    middle = median_on_test(result.pairs)[:-1, :-1]
+    row, column = (int(i) for i in np.unravel_index(middle.argmin(), middle.shape))
     text = (
-        f"both: best {short(median[row, column])} at global norm {thresholds[row]:.3g}"
-        f" and values within {thresholds[column]:.3g}"
+        f"both: best {_study.short(middle[row, column])} at global norm"
+        f" {thresholds[row]:.3g} and values within {thresholds[column]:.3g}"
     )
-    return (int(row), int(column)), text
+    return (row, column), text
 
 
-def plot_sweep(thresholds, result: Sweep, path: Path) -> None:
+def plot_sweep(thresholds, result: Sweep) -> Figure:
     """Draws the sweeps of one threshold, and the heat map of both together."""
-    figure, (left, right) = new_figure(1, 2, figsize=(14, 6))
+    figure, axes = _figures.new_figure(1, 2, (15, 6.5))
+    left, right = axes[0]
+    for style, (name, errors) in zip(STYLES, result.by_name().items(), strict=False):
+        _figures.plot_band(left, thresholds, errors[1].T, style, name)
+        good, middle = converged(errors), median_on_test(errors)
+        left.plot(thresholds[good], middle[good], "o", color=style["color"])
+    left.plot([], [], "o", color="grey", label="every seed below 100 on train")
+    left.axhline(CONVERGED, label=f"{CONVERGED:g}", **LIMIT)
     left.set(xscale="log", xlabel="threshold")
-    left.set(yscale="log", ylim=(3, 1e5), ylabel="MSE on test")
-    for color, (name, errors) in enumerate(result.by_name().items()):
-        plot_band(left, thresholds, errors[1].T, f"C{color}", name)
-        good = converged(errors)
-        left.plot(
-            thresholds[good], median_on_test(errors)[good], "o", color=f"C{color}"
-        )
-    left.set_title("One clip (median, quartiles; dot: every seed below 100 on train)")
-    left.legend()
+    left.set(yscale="log", ylim=(3, 1e5), ylabel="MSE on the test half")
+    left.set_title("One clip: median of the seeds and quartiles")
+    left.legend(loc="upper left")
     plot_heat_map(figure, right, thresholds, result)
-    figure.savefig(path)
-
-
-def plot_heat_map(figure, ax, thresholds, result: Sweep) -> None:
-    """Colours each pair by its error, and outlines those that always converge."""
-    from matplotlib.colors import LogNorm
-
-    names = [*(f"{threshold:.3g}" for threshold in thresholds), "none"]
-    (row, column), best = best_pair(thresholds, result)
-    ax.set_facecolor("lightgrey")  # seen where the median is NaN
-    ax.grid(False)
-    image = ax.imshow(
-        median_on_test(result.pairs),
-        norm=LogNorm(5, 3e4),  # a network that predicts the mean has an MSE of 26269
-        cmap="viridis_r",
-        origin="lower",
+    figure.suptitle(
+        "The threshold matters: too small learns too slowly, too large steps too far,"
+        "\nand a range of about one to two decades in between converges"
     )
-    figure.colorbar(image, ax=ax, label="median MSE on test (grey: NaN)")
+    return figure
+
+
+def plot_heat_map(figure: Figure, ax, thresholds, result: Sweep) -> None:
+    """Colours each pair by its error, and outlines those that always converge."""
+    names = [*(f"{threshold:.3g}" for threshold in thresholds), "none"]
+    row, column = best_pair(thresholds, result)[0]
+    middle = median_on_test(result.pairs)
+    ax.grid(False)
+    # A network that predicts the mean has an MSE of 26269; bright is bad.
+    image = ax.imshow(middle, norm=LogNorm(5, 3e4), cmap="viridis", origin="lower")
+    label = "median MSE on the test half (crossed out: NaN)"
+    figure.colorbar(image, ax=ax, label=label)
+    for y, x in np.argwhere(np.isinf(middle)):
+        ax.plot(x, y, "x", color="black", markersize=12)
     outline(ax, converged(result.pairs))
     ax.plot(column, row, "*", color="white", markersize=14, markeredgecolor="black")
     ax.set_xticks(range(len(names)), names, rotation=60)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="values within", ylabel="global norm")
-    ax.set_title(f"{best} (star)\nred outline: every seed below 100 on train")
+    ax.set_title("Two clips: star: the best; outline: every seed below 100 on train")
 
 
 def outline(ax, region) -> None:
     """Draws a line between the cells of a region and all others."""
-    inside = np.pad(region, 1)
+    inside, style = np.pad(region, 1), {"color": "#D55E00", "linewidth": 2.5}
     for row, column in np.argwhere(inside[1:] != inside[:-1]):
-        ax.plot([column - 1.5, column - 0.5], [row - 0.5] * 2, color="C3", linewidth=2)
+        ax.plot([column - 1.5, column - 0.5], [row - 0.5] * 2, **style)
     for row, column in np.argwhere(inside[:, 1:] != inside[:, :-1]):
-        ax.plot([column - 0.5] * 2, [row - 1.5, row - 0.5], color="C3", linewidth=2)
+        ax.plot([column - 0.5] * 2, [row - 1.5, row - 0.5], **style)
 
 
 def main(arguments: Sequence[str] | None = None) -> Sweep:
     """Runs the sweep, prints the table, and writes the figure."""
     start = time.perf_counter()
-    parser = option_parser(
-        "Sweeps the thresholds of the experiment in mlp_regression.py.",
-        quick="5 thresholds; 2 seeds and 30 epochs unless said otherwise",
-    )
-    options = parse_options(parser, arguments)
+    text = "Sweeps the thresholds of the experiment in mlp_regression.py."
+    parser = _study.option_parser(text, FULL, QUICK)
+    options = _study.parse_options(parser, arguments, QUICK)
     thresholds = np.logspace(-1, 2, 5 if options.quick else 13)
-    result = sweep(thresholds, options.learning_rate, options.seeds, options.epochs)
-    seconds = time.perf_counter() - start
-    print_table(thresholds, result)
+    result = sweep(thresholds, options.seeds, options.epochs)
+    time_taken = _study.took(start)
+    print_sweep(thresholds, result)
     runs = result.leaf_norms[0].size + result.pairs[0].size
-    print(f"{runs} runs on {jax.devices()[0].device_kind}: {seconds:.1f} s.")
-    path = options.out / "threshold_sweep.png"
-    plot_sweep(thresholds, result, path)
-    print(f"Figure: {path}")
+    print(f"{runs} runs {time_taken}.")
+    figures = {"threshold_sweep": partial(plot_sweep, thresholds, result)}
+    _figures.save_all(figures, options.out)
     return result
 
 

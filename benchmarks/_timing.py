@@ -1,32 +1,26 @@
-"""Times several ways of doing one thing in one process, so that they can be compared.
+"""How long do several ways of doing one thing take, compared with each other?
 
-The contenders take turns within each round, and every figure is a median over rounds of
-something measured within a round: a slow moment of the machine hits all of them alike.
-Compiling is timed apart, and equal answers come before any time.
+The contenders share a process and take turns within each round, and every figure is a
+median over rounds of something measured within a round: a slow moment of the machine
+hits all of them alike. Compiling is timed apart; equal answers come before any time.
 """
 
-import datetime
-import json
+import argparse
 import math
-import os
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 import numpy as np
-import optax
 
-import optaxclip
+import _results
+import _trees
 
 Tree = Any
 Times = dict[str, list[float]]  # seconds, one entry per round, by contender
 
-PACKAGES = (jax, jaxlib, optax, optaxclip)
 SHORTEST_SAMPLE = 0.005  # seconds; shorter calls are timed several at once
 
 
@@ -38,17 +32,29 @@ class Summary(NamedTuple):
     added: float
 
 
-def machine() -> dict[str, str | int]:
-    """Returns what a time depends on besides the code: device, versions, date."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
-        "platform": device.platform,
-        "cpus": os.cpu_count() or 1,
-        "python": platform.python_version(),
-        **{package.__name__: package.__version__ for package in PACKAGES},
-    }
+def parse_args(
+    description: str | None, repeats: int, *options: tuple[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Parses the command line of a benchmark that times steps on trees.
+
+    Args:
+      description: docstring of the benchmark.
+      repeats: default number of rounds.
+      *options: name and keywords of each further one.
+    """
+    parser = _results.make_parser(description, "the small tree alone")
+    add, trees = parser.add_argument, list(_trees.TREES)
+    add("--trees", nargs="+", choices=trees, default=trees)
+    add("--repeats", type=int, default=repeats, help="rounds per tree")
+    add("--compiles", type=int, default=3, help="times to compile")
+    for name, keywords in options:
+        add(name, **keywords)
+    args = _results.parse(parser)
+    if args.repeats < 1 or args.compiles < 1:
+        parser.error("--repeats and --compiles must be at least 1")
+    if args.quick:
+        args.trees, args.repeats, args.compiles = ["lstm"], 11, 1
+    return args
 
 
 def compile_apart(
@@ -63,6 +69,8 @@ def compile_apart(
     Returns:
       The compiled contenders, and the seconds.
     """
+    # A cache on disk would make the second compilation look free.
+    jax.config.update("jax_enable_compilation_cache", False)
     compiled, times = {}, {name: [] for name in lowers}
     for _ in range(rounds):
         for name, lower in lowers.items():
@@ -121,21 +129,18 @@ def summarize(times: Times, baseline: str) -> dict[str, Summary]:
     }
 
 
-def append_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Adds one JSON line per row, so that a later run can be compared."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def figures(run: Summary, compiling: Summary) -> dict[str, float]:
+    """Returns what is told of a contender."""
+    return {
+        "run_ms": 1e3 * run.seconds,
+        "run_ratio": run.ratio,
+        "added_ms": 1e3 * run.added,
+        "compile_s": compiling.seconds,
+        "compile_ratio": compiling.ratio,
+    }
 
 
 def _seconds(work: Callable[[int], None], calls: int) -> float:
     start = time.perf_counter()
     work(calls)
     return time.perf_counter() - start
-
-
-def _cpu_name() -> str:
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-    return names[0].strip() if names else platform.machine()

@@ -23,13 +23,11 @@ elements has two kinds: its state keeps the largest and counts those that it cli
 Rows of ours that break this say so, and then the exit status is 1.
 """
 
-import argparse
 import functools
-import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,16 +36,19 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import _compiled
-import _timing
+import _results
+import _steps
+import _targets
+import _trees
 import optaxclip
-import overhead
-from _compiled import TARGETS, Target
-from overhead import NO_CLIP, OPTAX, OURS
+from _steps import NO_CLIP, OPTAX, OURS
+from _targets import TARGETS, Target
 
 Tree = Any
 Row = dict[str, Any]
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "compiled_collectives.jsonl"
+SETTINGS = ("target", "leaves", "form", "clip", "contender")
+FORM = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>6}{:>8}{:>10}"
 JIT, SHARD_MAP = "jit", "shard_map"
 LAYERS = 12
 RESCUES = 2  # on CPU: of norms too large, of norms too small
@@ -56,12 +57,11 @@ FIND_HARDEST = 3  # rounds: the smallest factor, the first unit with it, its fig
 
 def gpt2(layers: int) -> Tree:
     """GPT-2 small, its vocabulary padded to be divisible, as is usual."""
-    shapes = overhead.gpt2() | {"tokens": (50304, 768)}
+    shapes = _trees.gpt2() | {"tokens": (50304, 768)}
     kept = {f"block_{i:02}" for i in range(layers)}
-    return jax.tree.map(
+    return _trees.of_shapes(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         {k: v for k, v in shapes.items() if k in kept or "block" not in k},
-        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 
@@ -99,14 +99,6 @@ def allowed(form: str, clip: str, params: Tree) -> int:
     return rows + (FIND_HARDEST + 1) * columns
 
 
-def make_step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    def step(params, opt_state, grads):
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return step
-
-
 def lower(
     target: Target,
     form: str,
@@ -116,14 +108,14 @@ def lower(
     """Traces the step and lowers it for the target."""
     names, kinds = ("fsdp", "tensor"), (AxisType.Auto,) * 2
     mesh = jax.make_mesh(target.mesh, names, kinds, devices=target.devices())
-    optimizer = optax.chain(clip, optax.sgd(0.01, momentum=0.9))
+    optimizer = _steps.with_momentum(clip)
     state = jax.eval_shape(optimizer.init, params)
     specs = partition(params)
     state_specs = optax.tree.map_params(
         optimizer, lambda _, x: x, state, specs, transform_non_params=lambda _: P()
     )
     out_specs = specs, state_specs
-    step = make_step(optimizer)
+    step = _steps.make_step(optimizer)
     if form == SHARD_MAP:
         step = jax.shard_map(
             step, mesh=mesh, in_specs=(*out_specs, specs), out_specs=out_specs
@@ -158,7 +150,7 @@ def cases(params: Tree) -> Iterator[tuple[str, str, str, Any]]:
     """Yields form, clip, contender and transformation."""
     for form in (JIT, SHARD_MAP):
         yield form, NO_CLIP, NO_CLIP, optax.identity()
-        for name, clip in overhead.CLIPS.items():
+        for name, clip in _steps.CLIPS.items():
             if form == JIT and clip.optax is not None:
                 yield form, name, OPTAX, clip.optax
             ours = clip.ours
@@ -169,15 +161,12 @@ def cases(params: Tree) -> Iterator[tuple[str, str, str, Any]]:
 
 def describe(name: str, params: Tree) -> Row:
     """Returns what all rows of one target have in common."""
-    target = TARGETS[name]
+    fsdp, tensor = TARGETS[name].mesh
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     return {
-        "question": "compiled_collectives",
-        "target": name,
-        "target_device": target.device,
-        "compiler": f"{target.compiler} {target.version()}",
-        "fsdp": target.mesh[0],
-        "tensor": target.mesh[1],
+        **_targets.describe("compiled_collectives", name),
+        "fsdp": fsdp,
+        "tensor": tensor,
         "leaves": len(sizes),
         "elements": sum(sizes),
     }
@@ -190,11 +179,11 @@ def report(name: str, layers: int) -> list[Row]:
     machine = f"{common['fsdp']} x {common['tensor']} {target.device}"
     print(f"\n{name}: {common['leaves']} leaves on {machine}, by {common['compiler']}")
     columns = ("form", "clip", "contender", "all-reduce", "others", "branches", "bytes")
-    show(*columns, "est. us", "kcycles", "MB", "kernels", "compile s")
+    _targets.show(FORM, *columns, "est. us", "kcycles", "MB", "kernels", "compile s")
     rows = []
     for form, clip, contender, transformation in cases(params):
         start = time.perf_counter()
-        compiled = _compiled.compile_for(
+        compiled = _targets.compile_for(
             target, functools.partial(lower, target, form, transformation, params)
         )
         row = common | {"form": form, "clip": clip, "contender": contender}
@@ -213,44 +202,20 @@ def show_row(row: Row) -> None:
     cycles = row["cycles"] and round(row["cycles"] / 1e3)
     accessed = row["bytes_accessed"] and round(row["bytes_accessed"] / 1e6)
     costs = row["estimate_us"], cycles, accessed, row["kernels"], row["compile_s"]
-    show(row["form"], row["clip"], row["contender"], *counts, *costs)
+    names = row["form"], row["clip"], row["contender"]
+    _targets.show(FORM, *names, *counts, *costs)
     for fault in row["breaks"]:
         print(f"  FAILS: {fault}", flush=True)
 
 
-def show(*cells: Any) -> None:
-    form = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>6}{:>8}{:>10}"
-    print(form.format(*("-" if x is None else x for x in cells)), flush=True)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--platforms",
-        nargs="+",
-        choices=TARGETS,
-        help="default: those installed",
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="one layer")
-    args = parser.parse_args()
-    args.platforms = _compiled.installed(args.platforms or TARGETS)
-    if not args.platforms:
-        parser.error("no compiler for any of these platforms")
-    return args
-
-
 def main() -> None:
-    args = parse_args()
-    _compiled.set_up(devices=8)
-    machine = _timing.machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    args = _targets.parse(_results.make_parser(__doc__, "one layer"))
+    _targets.set_up(devices=8)
+    _results.print_machine()
     failed = 0
     for name in args.platforms:
         rows = report(name, 1 if args.quick else LAYERS)
-        _timing.append_rows(args.out, [machine | row for row in rows])
+        _results.store(rows, SETTINGS, args.out)
         failed += sum(bool(row["breaks"]) for row in rows)
     if failed:
         sys.exit(f"\n{failed} rows add collectives that a clip should not.")

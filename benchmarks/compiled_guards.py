@@ -13,54 +13,51 @@ the compilers say, and have no noise:
   * est. us and kcycles: how long a TPU would take.
 """
 
-import argparse
 import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import _compiled
-import _timing
-import guards
-import overhead
+import _results
+import _steps
+import _targets
+import _trees
 
 Row = dict[str, Any]
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "compiled_guards.jsonl"
+SETTINGS = ("target", "tree", "optimizer", "contender")
 TARGETS = ("tpu-8", "h200-8", "cpu-8")
 COLUMNS = ("tree", "optimizer", "guard", "kernels", "read MB", "copied", "branches")
 COLUMNS += ("est. us", "kcycles")
+FORM = "{:8}{:10}{:18}{:>8}{:>10}{:>8}{:>9}{:>8}{:>8}"
 
 
 def compile_all(name: str, tree: str, optimizer: str) -> dict[str, Row]:
     """Returns the figures of the step with the clip alone and within each guard."""
-    target = _compiled.TARGETS[name]
+    target = _targets.TARGETS[name]
     sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
-    shapes = overhead.TREES[tree]()
+    shapes = _trees.TREES[tree]()
 
     def abstract(function: Any, *args: Any) -> Any:
         return jax.tree.map(
             lambda x: x.update(sharding=sharding), jax.eval_shape(function, *args)
         )
 
-    def zeros() -> Any:
-        return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
-
-    grads, rows = abstract(zeros), {}
+    grads, rows = abstract(lambda: _trees.of_shapes(jnp.zeros, shapes)), {}
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grads))
-    for guard, tx in guards.guarded(optimizer).items():
+    for guard, tx in _steps.guarded(optimizer).items():
         lower = functools.partial(
-            overhead.make_step(tx).lower, grads, abstract(tx.init, grads), grads
+            _steps.jit_step(tx).lower, grads, abstract(tx.init, grads), grads
         )
-        compiled = _compiled.compile_for(target, lower)
+        compiled = _targets.compile_for(target, lower)
         rows[guard] = figures(target, compiled)
-        rows[guard]["copies"] = guards.bytes_of("copy", compiled) / size
+        rows[guard]["copies"] = _compiled.bytes_of("copy", compiled) / size
     return rows
 
 
-def figures(target: _compiled.Target, compiled: jax.stages.Compiled) -> Row:
+def figures(target: _targets.Target, compiled: jax.stages.Compiled) -> Row:
     cost = _compiled.cost(target, compiled)
     program = _compiled.read(compiled.as_text() or "")
     kernels = [x for x in program if x.in_entry and x.kind not in _compiled.NO_KERNELS]
@@ -74,15 +71,12 @@ def figures(target: _compiled.Target, compiled: jax.stages.Compiled) -> Row:
 
 def report(name: str, tree: str, optimizer: str) -> list[Row]:
     """Prints a line for each guard on one tree, and returns them as rows."""
-    target, rows = _compiled.TARGETS[name], []
-    common = guards.describe(tree, optimizer, "compiled_guards") | {
-        "target": name,
-        "target_device": target.device,
-        "compiler": f"{target.compiler} {target.version()}",
-    }
+    common = _targets.describe("compiled_guards", name)
+    common |= _trees.describe(tree) | {"optimizer": optimizer}
+    rows = []
     for guard, row in compile_all(name, tree, optimizer).items():
-        show(
-            *(tree, optimizer, guard, row["kernels"]),
+        _targets.show(
+            *(FORM, tree, optimizer, guard, row["kernels"]),
             round(row["bytes_read"] / 1e6, 2),
             round(row["copies"], 2),
             row["conditionals"],
@@ -93,41 +87,21 @@ def report(name: str, tree: str, optimizer: str) -> list[Row]:
     return rows
 
 
-def show(*cells: Any) -> None:
-    form = "{:8}{:10}{:18}{:>8}{:>10}{:>8}{:>9}{:>8}{:>8}"
-    print(form.format(*("-" if x is None else x for x in cells)), flush=True)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--platforms", nargs="+", choices=TARGETS, help="default: those installed")
-    add("--trees", nargs="+", choices=overhead.TREES, default=list(overhead.TREES))
-    add("--out", type=pathlib.Path, default=RESULTS)
-    add("--quick", action="store_true", help="the small tree alone")
-    args = parser.parse_args()
-    args.platforms = _compiled.installed(args.platforms or TARGETS)
-    if not args.platforms:
-        parser.error("no compiler for any of these platforms")
+def main() -> None:
+    parser = _results.make_parser(__doc__, "the small tree alone")
+    trees = list(_trees.TREES)
+    parser.add_argument("--trees", nargs="+", choices=trees, default=trees)
+    args = _targets.parse(parser, TARGETS)
     if args.quick:
         args.trees = ["lstm"]
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    _compiled.set_up(devices=1)
-    machine = _timing.machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    _targets.set_up(devices=1)
+    _results.print_machine()
     for name in args.platforms:
         print(f"\n{name}: one device")
-        show(*COLUMNS)
+        _targets.show(FORM, *COLUMNS)
         for tree in args.trees:
-            for optimizer in guards.OPTIMIZERS:
-                rows = report(name, tree, optimizer)
-                _timing.append_rows(args.out, [machine | row for row in rows])
+            for optimizer in _steps.OPTIMIZERS:
+                _results.store(report(name, tree, optimizer), SETTINGS, args.out)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,24 @@ The floor is 1: the clip computes these numbers anyway. Returned, they are anoth
 of a few vectors, whatever the number of leaves.
 """
 
-import argparse
-import pathlib
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
+import _results
+import _steps
 import _timing
 import optaxclip
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "looking_cost.jsonl"
+Row = dict[str, Any]
+
+SETTINGS = ("leaves",)
+COMPILES = 3
+RTOL = 1e-6  # between two compilations of one step
 WITHOUT, WITH = "without", "with summary"
 
 
@@ -34,10 +38,7 @@ def make_params(leaves: int) -> dict[str, jax.Array]:
 
 def make_steps(optimizer: Any) -> dict[str, Any]:
     """Returns the step as it is, and one that returns its statistics too."""
-
-    def step(params, opt_state, grads):
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    step = _steps.make_step(optimizer)
 
     def watched(params, opt_state, grads):
         params, opt_state = step(params, opt_state, grads)
@@ -46,7 +47,17 @@ def make_steps(optimizer: Any) -> dict[str, Any]:
     return {WITHOUT: jax.jit(step), WITH: jax.jit(watched)}
 
 
-def seconds_of(work: Any, rounds: int) -> float:
+def make_runner(step: Any, *args: Any) -> Callable[[int], None]:
+    """Returns a function that takes the same step so many times, and waits for each."""
+
+    def run(calls: int) -> None:
+        for _ in range(calls):
+            jax.block_until_ready(step(*args))
+
+    return run
+
+
+def seconds_of(work: Callable[[], Any], rounds: int) -> float:
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -55,36 +66,25 @@ def seconds_of(work: Any, rounds: int) -> float:
     return statistics.median(times)
 
 
-def compare(leaves: int, rounds: int) -> dict[str, Any]:
+def compare(leaves: int, rounds: int) -> Row:
     """Returns the figures for a tree of so many leaves."""
     params = make_params(leaves)
-    optimizer = optax.chain(
-        optaxclip.clip_by_leaf_norm(0.1), optax.sgd(0.01, momentum=0.9)
-    )
-    state = optimizer.init(params)
-    steps = make_steps(optimizer)
-    compiled, compile_times = _timing.compile_apart(
-        {
-            name: lambda s=step: s.lower(params, state, params)
-            for name, step in steps.items()
-        },
-        3,
-    )
-    first = {name: step(params, state, params)[0] for name, step in compiled.items()}
-    _timing.assert_equal_answers(first, 1e-6)
-
-    def runner(step):
-        def run(calls):
-            for _ in range(calls):
-                jax.block_until_ready(step(params, state, params))
-
-        return run
-
-    times = _timing.interleave({x: runner(s) for x, s in compiled.items()}, rounds)
-    run = _timing.summarize(times, WITHOUT)
+    optimizer = _steps.with_momentum(optaxclip.clip_by_leaf_norm(0.1))
+    args = params, optimizer.init(params), params
+    lowers = {
+        name: lambda s=step: s.lower(*args)
+        for name, step in make_steps(optimizer).items()
+    }
+    compiled, compile_times = _timing.compile_apart(lowers, COMPILES)
+    first = {name: step(*args)[0] for name, step in compiled.items()}
+    _timing.assert_equal_answers(first, RTOL)
+    runners = {name: make_runner(step, *args) for name, step in compiled.items()}
+    run = _timing.summarize(_timing.interleave(runners, rounds), WITHOUT)
     compiling = _timing.summarize(compile_times, WITHOUT)
-    _, state, seen = compiled[WITH](params, state, params)
+    _, state, seen = compiled[WITH](*args)
+    eager = seconds_of(lambda: list(optaxclip.summary(state, params).items()), rounds)
     return {
+        "question": "looking_cost",
         "leaves": leaves,
         "rounds": rounds,
         "statistics": len(seen),
@@ -92,26 +92,18 @@ def compare(leaves: int, rounds: int) -> dict[str, Any]:
         "run_ratio": run[WITH].ratio,
         "compile_s": compiling[WITHOUT].seconds,
         "compile_ratio": compiling[WITH].ratio,
-        "eager_ms": 1e3
-        * seconds_of(lambda: list(optaxclip.summary(state, params).items()), rounds),
+        "eager_ms": 1e3 * eager,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _results.make_parser(__doc__, "four leaves alone")
     parser.add_argument("--leaves", type=int, nargs="+", default=[4, 150, 1000])
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--label", default="", help="what the rows are of")
-    parser.add_argument("--quick", action="store_true", help="four leaves alone")
-    args = parser.parse_args()
+    args = _results.parse(parser)
     if args.quick:
         args.leaves, args.rounds = [4], 5
-    jax.config.update("jax_enable_compilation_cache", False)
-    machine = _timing.machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    machine = _results.print_machine()
     columns = ("leaves", "run ms", "ratio", "compile s", "ratio", "eager ms")
     print(("{:>11}" * len(columns)).format(*columns))
     for leaves in args.leaves:
@@ -119,11 +111,7 @@ def main() -> None:
         cells = [row[key] for key in ("run_ms", "run_ratio", "compile_s")]
         cells += [row["compile_ratio"], row["eager_ms"]]
         print(f"{leaves:11}" + "".join(f"{x:11.3f}" for x in cells), flush=True)
-        rounded = {
-            key: float(f"{x:.5g}") if isinstance(x, float) else x
-            for key, x in row.items()
-        }
-        _timing.append_rows(args.out, [machine | {"label": args.label} | rounded])
+        _results.store([machine | _results.rounded(row)], SETTINGS, args.out)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ the last column counts such layouts. A line is the worst over layouts and sizes.
 """
 
 import argparse
-import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,61 +33,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import _results
 import _spread
-import _timing
 import optaxclip
+from _sharded_clips import CLIPS, Clip, Make
 from _spread import NO_TYPES, PMAP, SETTINGS, SHAPES, TYPES, Run, Step
-from optaxclip import factors, norms, thresholds
-from overhead import OPTAX, OURS, random_tree
+from _steps import OPTAX, OURS
+from _trees import random_tree
 
 Tree = Any
 Row = dict[str, Any]
-Make = Callable[[Any], optax.GradientTransformation]
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "sharded_accuracy.jsonl"
+SETTINGS_OF_ROWS = ("clip", "setting", "contender", "size")
 SIZES = (1.0, 1e25, 1e-25)  # of updates and thresholds; params are of size 1
 MOST = 1e-6  # deviation of ours: a few roundings of float32
 FIGURES = ("from_one_device", "norm_from_one_device", "from_truth")
 QUICK = ("global_norm", "group_norm", "adaptive")
-
-
-class Clip(NamedTuple):
-    """Our clip and Optax's, functions of what their thresholds are multiplied by."""
-
-    ours: Make
-    optax: Make | None = None
-    needs_specs: bool = False  # types don't tell how its units are split
-    steps: int = 1
-
-    def contenders(self) -> dict[str, Make]:
-        return {OURS: self.ours} | ({OPTAX: self.optax} if self.optax else {})
-
-
-def lagged(t: Any) -> optax.GradientTransformation:
-    """Allows a tenth of the average norm so far, which has the updates' size."""
-    del t
-    rule = optax.chain(optax.ema(0.9), optax.scale(0.1))
-    return optaxclip.clip_by(norms.leaf_norms, thresholds.lagged(rule))
-
-
-CLIPS = {
-    "value": Clip(lambda t: optaxclip.clip(0.5 * t), lambda t: optax.clip(0.5 * t)),
-    "global_norm": Clip(optaxclip.clip_by_global_norm, optax.clip_by_global_norm),
-    "leaf_norm": Clip(optaxclip.clip_by_leaf_norm),
-    "per_layer": Clip(lambda t: optaxclip.clip_by_leaf_norm({"in": t, "**": 3 * t})),
-    "group_norm": Clip(optaxclip.clip_by_group_norm),
-    "block_rms": Clip(
-        lambda t: optaxclip.clip_by_block_rms(0.1 * t),
-        lambda t: optax.clip_by_block_rms(0.1 * t),
-    ),
-    "adaptive": Clip(
-        lambda t: optaxclip.adaptive_grad_clip(0.01 * t),
-        lambda t: optax.adaptive_grad_clip(0.01 * t),
-        needs_specs=True,
-    ),
-    "soften": Clip(lambda t: optaxclip.clip_by(norms.global_norm, t, factors.soften)),
-    "lagged": Clip(lagged, steps=2),
-}
 
 
 def make_step(make: Make, steps: int, specs: Tree = None) -> Step:
@@ -169,8 +129,8 @@ def measure(
             told = every[layout] if untold and contender == OURS else None
             step = make_step(make, clip.steps, told)
             run = _spread.spread(step, setting, every[layout])
-            row = {"question": "sharded_accuracy", "clip": name, "setting": setting}
-            row |= {"layout": layout, "contender": contender}
+            row = {"clip": name, "setting": setting, "layout": layout}
+            row["contender"] = contender
             for reference in refs:
                 yield (
                     row | {"size": reference.size} | compare(run, contender, reference)
@@ -212,14 +172,29 @@ def show_worst(name: str, setting: str, rows: list[Row]) -> None:
     show(name, setting, *cells, copies(theirs))
 
 
+def summarize(rows: list[Row]) -> Iterator[Row]:
+    """Yields what is kept of one clip and setting: the worst over layouts."""
+    names = SETTINGS_OF_ROWS[2:]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    for own in groups.values():
+        done = [row for row in own if "refused" not in row]
+        found = {x: [row[x] for row in done if x in row] for x in FIGURES}
+        yield {
+            "question": "sharded_accuracy",
+            **{name: own[0][name] for name in SETTINGS_OF_ROWS},
+            "layouts": [row["layout"] for row in own],
+            "refused": {x["layout"]: x["refused"] for x in own if "refused" in x},
+            **{figure: float(np.max(all_)) for figure, all_ in found.items() if all_},
+            "copies_equal": all(row["copies_equal"] for row in done) if done else None,
+        }
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _results.make_parser(__doc__, "few clips, mixed leaves")
     parser.add_argument("--clips", nargs="+", choices=CLIPS, default=list(CLIPS))
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--quick", action="store_true", help="few clips, mixed leaves")
-    args = parser.parse_args()
+    args = _results.parse(parser)
     args.layouts = ["mixed"] if args.quick else list(_spread.LAYOUTS)
     args.clips = QUICK if args.quick else args.clips
     return args
@@ -229,8 +204,8 @@ def main() -> None:
     args = parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", _spread.DEVICES)
-    machine, start, failed = _timing.machine(), time.perf_counter(), 0
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), "\n")
+    machine, start, failed = _results.print_machine(), time.perf_counter(), 0
+    print()
     show("clip", "setting", "update", "norm", "truth", "copies", *("optax",) * 3, "")
     show("", "", "", "", "", "equal", *(f"{size:g}" for size in SIZES), "equal")
     for name in args.clips:
@@ -238,8 +213,11 @@ def main() -> None:
         for setting in SETTINGS:
             rows = list(measure(name, setting, args.layouts, refs))
             show_worst(name, setting, rows)
-            _timing.append_rows(args.out, [machine | row for row in rows])
-            failed += sum(map(fails, rows))
+            kept = [machine | row for row in summarize(rows)]
+            _results.store(kept, SETTINGS_OF_ROWS, args.out)
+            for row in filter(fails, rows):
+                print(f"  FAILS: {row}", flush=True)
+                failed += 1
     print(f"{time.perf_counter() - start:.0f} s")
     if failed:
         sys.exit(f"{failed} rows of ours are off, or their copies differ.")

@@ -1,4 +1,4 @@
-"""Runs a function of whole arrays on pieces of them, on eight virtual devices.
+"""What comes of a step on pieces of arrays, on eight virtual devices?
 
 A step takes updates, params and the size of the updates, and returns updates and a
 state. It runs under `jit`, inside `shard_map` or in `pmap`; arrays are split as specs

@@ -19,7 +19,8 @@ Optax's clips are measured beside: at size 1 against themselves on one device; a
 and 1e-25, where float32 squares overflow and underflow wherever they are, against the
 truth. In `shard_map` and `pmap` they see one device's pieces, and nothing tells them of
 the others. Where types refuse their result, or JAX an operation, there is no deviation:
-the last column counts such layouts. A line is the worst over layouts and sizes.
+the last column counts such layouts. A line is the worst over layouts and sizes; kept is
+the worst over layouts, size by size.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""On which small tasks does a clip matter, or should do no harm?
+"""On which small tasks does a clip matter, or should it do no harm?
 
 Each is learnt in a second or two by SGD with momentum, or by Adam, from a few hundred
 small batches. The rows that are held out are clean.

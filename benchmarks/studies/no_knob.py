@@ -20,7 +20,8 @@ everywhere, and no run diverged. Printed are, for each rule,
   * diverged: runs that end above the loss they began with, or not finite. Those of the
     tuned clip are counted in its own line.
 
-The final loss is the mean over the last evaluations; that of the handwriting is the
+What is kept has the medians, so that these figures can be had again without a run. The
+final loss is the mean over the last evaluations; that of the handwriting is the
 perplexity, for a density has no zero to measure from.
 
 What came out: a rule for each optimizer comes near, `by optimizer` in the table.

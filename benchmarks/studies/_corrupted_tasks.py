@@ -127,9 +127,10 @@ def handwriting(steps: int = 40, hidden: int = 24) -> Task:
     a, b = generator.uniform(0, 2 * np.pi, (2, 520, 1))
     t = np.arange(steps + 2)
     x = np.sin(w1 * t + a) + 0.5 * np.sign(np.sin(w2 * t + b))
-    offsets = np.diff(np.stack([x, np.cos(w1 * t + a)], axis=-1), axis=1)
-    noise = 0.01 * generator.standard_normal(offsets.shape)
-    offsets = np.asarray(offsets + noise, np.float32)
+    pen = np.stack([x, np.cos(w1 * t + a)], axis=-1)
+    offsets = pen[:, 1:] - pen[:, :-1]
+    offsets += 0.01 * generator.standard_normal(offsets.shape)
+    offsets = offsets.astype(np.float32)
     x, y = offsets[:, :-1], offsets[:, 1:]
 
     def init(key):  # four leaves: Flax's LSTM has fourteen, which take long to compile

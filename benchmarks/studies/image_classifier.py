@@ -346,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
         without = {rate: run(Setting(rate)) for rate in SMALLER}
         for name, clip in options.clip:
             histories[name] = run(Setting(), clip)
-    losses = {rate: _study.median(x.loss[:, -1]) for rate, x in without.items()}
+    losses = {x: float(_study.median(y.loss[:, -1])) for x, y in without.items()}
     best = min(losses, key=losses.__getitem__)
     histories[f"no clip, rate {best:g}"] = without[best]
     time_taken = _study.took(start)

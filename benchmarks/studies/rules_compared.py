@@ -320,7 +320,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
     names = [rule for rule in RULES if any(rule in part for part in found.values())]
     columns = min(len(names), 8)
     rows = math.ceil(len(names) / columns)
-    size = (2.2 * columns + 1, 2.2 * rows + 2)
+    size = (max(2.2 * columns + 1, 10), 2.2 * rows + 2)
     figure, axes = _figures.new_figure(rows, columns, size, sharex=True, sharey=True)
     place = np.flatnonzero(faults == SCALED)[0]
     steps = np.arange(place - BEFORE, min(place + AFTER, faults.size))
@@ -343,16 +343,13 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
             if not np.isfinite(middle[-1]):
                 text = f"{optimizer}: not finite"
                 place_y = 0.8 - 0.15 * number
-                ax.text(
-                    0.05, place_y, text, color=style["color"], transform=ax.transAxes
-                )
+                note = {"color": style["color"], "fontsize": "x-small", "clip_on": True}
+                ax.text(0.05, place_y, text, transform=ax.transAxes, **note)
     axes[0, 0].set(yscale="log", ylim=(lowest / 1.5, top))
-    for ax in axes[:, 0]:
-        ax.set_ylabel("test loss")
-    for number, ax in enumerate(axes.flat[: len(names)]):
-        if number + columns >= len(names):  # none below it
-            ax.set_xlabel("step after the fault")
-            ax.tick_params(labelbottom=True)
+    figure.supylabel("test loss")
+    for ax in axes.flat[max(0, len(names) - columns) : len(names)]:  # none below it
+        ax.set_xlabel("step after the fault")
+        ax.tick_params(labelbottom=True)
     _figures.legend_below(figure, list(axes.flat[: len(names)]))
     counts = [f"{held[x]} of {len(found[x])} with {x}" for x in OPTIMIZERS]
     figure.suptitle(

@@ -1,6 +1,6 @@
 """Sweeps the thresholds of the textbooks' experiment: which of them train, which best?
 
-Trains the network of `mlp_regression.py` (same folder; read that one first) with 13
+Trains the network of `mlp_regression.py` (read that one first) with 13
 norms per leaf, 13 global norms and 13 ranges of values from 0.1 to 100, and with each
 of the 13 x 13 pairs of a global norm and a range. A threshold is an ordinary argument
 of the compiled program, so one program trains them all, about a hundred runs at a time.
@@ -29,10 +29,12 @@ import _figures
 import _study
 import numpy as np
 from _figures import LIMIT, STYLES
+from _regression import CONVERGED, Setting, regression_data, train
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from mlp_regression import CONVERGED, FULL, QUICK, Setting, regression_data, train
 
+FULL = {"seeds": 16, "epochs": 100}
+QUICK = {"seeds": 2, "epochs": 30}
 CHUNK = 8  # settings trained together: with 16 seeds more in one program are slower
 
 

@@ -34,7 +34,6 @@ STEPS = 20 if "--quick" in sys.argv else 100
 
 # The mesh: rows are split over 2 devices, hidden units over 4.
 mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (2, 4)), ("data", "model"))
-rows = P("data")
 specs = {"w1": P(None, "model"), "b1": P("model"), "w2": P("model"), "b2": P()}
 place = partial(NamedSharding, mesh)
 shardings = jax.tree.map(place, specs)
@@ -84,7 +83,7 @@ def train_step(loss_fn, params, opt_state, x, y):
     return params, opt_state, optaxclip.summary(opt_state)["clip/norm"], local_norm
 
 
-in_specs, out_specs = (specs, P(), rows, rows), (specs, P(), P(), P("model"))
+in_specs, out_specs = (specs, P(), P("data"), P("data")), (specs, P(), P(), P("model"))
 step = partial(train_step, loss_in_shard_map)
 shard_map_step = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
@@ -94,7 +93,7 @@ def train(name, train_step):
     state = jax.device_put((params, optimizer.init(params)), (shardings, place(P())))
     train_step, rng, norms = jax.jit(train_step), np.random.default_rng(1), []
     for _ in tqdm(range(STEPS), desc=name):
-        x, y = jax.device_put(draw_batch(rng), place(rows))
+        x, y = jax.device_put(draw_batch(rng), place(P("data")))
         *state, norm, local_norm = train_step(*state, x, y)
         norms.append([float(norm), *local_norm])  # waits for the step to end
     return np.array(norms).T

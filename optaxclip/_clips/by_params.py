@@ -101,7 +101,7 @@ def clip_by_relative_step(
 
     Args:
       relative: largest norm of the first step, as a share of that of the parameters.
-        With 0.06 some runs of `benchmarks/no_knob.py` diverge.
+        With 0.06 some runs of `benchmarks/studies/no_knob.py` diverge.
       eps: floor of the norm of the parameters, in their units: a model whose weights
         all start at zero moves by it. Most networks have a norm far above 1.
 

@@ -125,8 +125,8 @@ def clip_preactivation(
     For what a layer lets you choose. With the gates and the activation of an LSTM cell
     it is the rule of Graves up to one thing: cells apply the activation to the cell
     state too, so that is clipped as well. In the trained LSTM of
-    ``examples/lstm_handwriting.py`` the gradient differs from his by 2 % of its norm
-    with a limit of 10, by 8 % with 1. :func:`clip_layer_cotangents` is exact.
+    ``benchmarks/studies/lstm_handwriting.py`` the gradient differs from his by 2 % of
+    its norm with a limit of 10, by 8 % with 1. :func:`clip_layer_cotangents` is exact.
 
     Args:
       activation: function of one array.

@@ -18,7 +18,8 @@ Expected (16 seeds; accuracy on held-out digits after 600 steps, medians):
                              in a row Optax lets a NaN through
     zero_nonfinite           93 %
     skip_if_nonfinite        93 %, 11 steps skipped
-      and skip_if_spike      93 %, 12 to 13 steps skipped, none of them good
+    both guards              93 %, 12 to 13 steps skipped, none of them good; the second
+                             one is skip_if_spike
 Here the clip has made the batches out of scale harmless, so the guard against spikes
 adds nothing to the accuracy; nor does it see all of them: where all digits are right
 already, larger pixels only make the network surer. Pixels that are NaN leave nothing of
@@ -30,25 +31,28 @@ Dense_0/kernel, the weights that the broken pixels are multiplied by.
 One figure is written: the loss on good digits around the broken batches.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
+import _figures
+import _study
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _figures import GUESS, STYLES
 from jax.flatten_util import ravel_pytree
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from tqdm import tqdm
 
 import optaxclip
 
+FULL = {"seeds": 16, "steps": 600}
+QUICK = {"seeds": 2, "steps": 200}
 TEST_ROWS = 500  # of 1797 digits of 8 x 8 pixels
 BATCH_SIZE = 64
 UNITS = 32  # of the hidden layer
@@ -64,7 +68,15 @@ STEPS_PER_CALL = 20  # at most, between two moves of the progress bar
 
 GOOD, NAN, INF, PIXELS, LABELS, ALL_NAN = range(6)  # what a batch is like
 FAULTS = ("good", "NaN pixel", "inf pixel", "pixels x 1000", "labels x 1000", "burst")
-COLORS = ("", "C3", "C1", "C0", "C2", "C4")
+BOTH = "both guards"
+PANELS = {  # of the figure: what each says, and the settings in it
+    "Without a guard one NaN pixel ends every run, with a clip or without": (
+        "neither clip nor guard",
+        "clip",
+    ),
+    "Optax's guard gives way in the burst": (f"apply_if_finite({PATIENCE})",),
+    "These three survive all of it": ("zero_nonfinite", "skip_if_nonfinite", BOTH),
+}
 
 
 class Data(NamedTuple):
@@ -139,7 +151,7 @@ SETTINGS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
     "zero_nonfinite": lambda: optax.chain(optaxclip.zero_nonfinite(), clipped_sgd()),
     "skip_if_nonfinite": lambda: optaxclip.skip_if_nonfinite(clipped_sgd()),
-    "  and skip_if_spike": both_guards,
+    BOTH: both_guards,
 }
 
 
@@ -263,132 +275,87 @@ def deaths(history: History) -> np.ndarray:
 
 
 def print_table(histories: dict[str, History], faults: np.ndarray) -> None:
-    """Prints one aligned line per setting."""
-    columns = "{:24} {:>6} {:>7} {:15} {:>8} {:>6}  {:14} {:>22}".format
-    print(columns("", "runs", "at", "", "steps", "good", "blamed", "test accuracy, %"))
-    parts = "worst / median / best"
-    print(columns("setting", "dead", "step", "by", "skipped", "ones", "at last", parts))
+    """Prints one line per setting."""
+    heads = ["setting", "runs\ndead", "at\nstep", "by", "steps\nskipped"]
+    heads += ["good\nones", "blamed\nat last", f"test accuracy, %\n{_study.QUARTILES}"]
+    rows = []
     for name, history in histories.items():
         died = deaths(history)
         dead = died[died < faults.size]
         kinds, counts = np.unique(faults[dead], return_counts=True)
-        killer = FAULTS[kinds[counts.argmax()]] if dead.size else "-"
         good = history.skipped & (faults == GOOD)
         blamed = [
             key.split("culprit/")[1] for key in history.summary if "culprit/" in key
         ]
-        accuracy = 100 * np.percentile(history.accuracy, (0, 50, 100))
-        print(
-            columns(
-                name,
-                f"{dead.size}/{died.size}",
-                f"{np.median(dead):.0f}" if dead.size else "-",
-                killer,
-                f"{np.median(history.skipped.sum(axis=1)):g}",
-                f"{np.median(good.sum(axis=1)):g}",
-                blamed[0] if blamed else "-",
-                " / ".join(f"{x:.1f}" for x in accuracy),
-            )
-        )
+        row = [name, f"{dead.size}/{died.size}"]
+        row += [f"{np.median(dead):.0f}" if dead.size else "-"]
+        row += [FAULTS[kinds[counts.argmax()]] if dead.size else "-"]
+        row += [f"{np.median(x.sum(axis=1)):g}" for x in (history.skipped, good)]
+        row += [blamed[0] if blamed else "-"]
+        rows.append([*row, _study.three_quartiles(100 * history.accuracy)])
+    _study.print_table(heads, rows)
 
 
-def plot_losses(histories: dict[str, History], faults: np.ndarray, path: Path) -> None:
-    """Draws a panel for each setting: a line for each run, from the first fault on."""
-    from matplotlib import rcParams  # imported here, for it takes most of a second
-    from matplotlib.figure import Figure
+def name_faults(axes, faults: np.ndarray) -> None:
+    """Draws a line for each broken batch, and its name above the first panel."""
+    for step in np.flatnonzero(faults):
+        for ax in axes:
+            ax.axvline(step, color="0.8", linewidth=1, zorder=0)
+        if faults[step] != faults[step - 1]:
+            name, place = FAULTS[faults[step]], axes[0].get_xaxis_transform()
+            options = {"rotation": 40, "transform": place, "fontsize": 9}
+            axes[0].text(step, 1.02, name, **options)
 
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    bad = np.flatnonzero(faults)
-    for ax, (name, history) in zip(axes.flat, histories.items(), strict=True):
-        for step in bad:
-            fault = faults[step]
-            first = step == np.flatnonzero(faults == fault)[0]
-            label = FAULTS[fault] if first else None
-            ax.axvline(step, color=COLORS[fault], alpha=0.5, linewidth=2, label=label)
-        for losses in history.test_loss:
-            finite = np.isfinite(losses)
-            ax.plot(np.where(finite, losses, np.nan), "k", linewidth=0.7, alpha=0.6)
-            last = finite.sum() - 1
-            if last < losses.size - 1:
-                ax.plot(last, losses[last], "kX", markersize=8)
-        ax.axhline(GUESSING, color="k", linestyle=":", linewidth=1)
-        ax.set(title=name.strip(), yscale="log", ylim=(0.05, 1e3))
-        ax.set_xlim(bad[0] - 0.05 * faults.size, faults.size - 1)
-    for ax in axes[1]:
-        ax.set_xlabel("step")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("test loss after the step")
+
+def plot_losses(histories: dict[str, History], faults: np.ndarray) -> Figure:
+    """Draws the loss from shortly before the first fault on."""
+    figure, axes = _figures.new_figure(3, 1, (9, 9.5), sharex=True, sharey=True)
+    steps = np.arange(faults.size)  # counted from 0, as in the table
+    for ax, (title, names) in zip(axes[:, 0], PANELS.items(), strict=True):
+        for style, name in zip(STYLES, names, strict=False):
+            losses = histories[name].test_loss
+            ends = _study.last_finite(losses)
+            dead = ends[ends < faults.size - 1]
+            label = f"{name}: {dead.size} of {ends.size} runs end in NaN"
+            _figures.plot_band(ax, steps, losses, style, label)
+            if dead.size:  # where half of them have gone, the median ends
+                last = int(np.median(dead))
+                middle = _study.median(losses)[last]
+                ax.plot(last, middle, "X", color="black", markersize=9)
+        ax.axhline(GUESSING, label="guessing", **GUESS)
+        ax.set(yscale="log", ylabel="loss on good digits\n(nats)")
+        ax.set_title(title, loc="left", pad=60 if ax is axes[0, 0] else 6)
+        ax.legend(loc="upper right", fontsize=9)
+    name_faults(axes[:, 0], faults)
+    first = np.flatnonzero(faults)[0]
+    axes[-1, 0].set(xlabel="step", xlim=(first - 0.03 * faults.size, faults.size))
     figure.suptitle(
-        "Broken batches, and what they do to the loss on good ones"
-        " (cross: NaN from there on; dotted: guessing)"
+        "Broken batches: a clip does not stop a NaN, a guard does\n"
+        "(median and quartiles of the seeds; X: NaN from the next step on)"
     )
-    lines = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path)
+    return figure
 
 
-def whole_number(text: str) -> int:
-    """Reads an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def parse_options(arguments) -> argparse.Namespace:
-    """Reads the options, and makes the folder for the figure."""
-    parser = argparse.ArgumentParser(description="Trains on batches that are broken.")
-    add = parser.add_argument
-    add("--seeds", type=whole_number, help="runs per setting (default 16)")
-    add("--steps", type=whole_number, help="steps per run (default 600)")
-    add("--out", type=Path, default=Path("figures"), help="folder of the figure")
-    quick = "2 seeds and 200 steps unless said otherwise"
-    add("--quick", action="store_true", help=quick)
-    options = parser.parse_args(arguments)
-    options.seeds = options.seeds or (2 if options.quick else 16)
-    options.steps = options.steps or (200 if options.quick else 600)
+def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
+    """Trains within all guards, prints the table, and writes the figure."""
+    start = time.perf_counter()
+    parser = _study.option_parser("Trains on batches that are broken.", FULL, QUICK)
+    options = _study.parse_options(parser, arguments, QUICK)
     if options.steps < SHORTEST:
         parser.error(
             f"argument --steps: expected at least {SHORTEST}, for all the faults to"
             f" have their place, got {options.steps}"
         )
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: expected a folder to write to: {error}")
-    return options
-
-
-def progress_bar(**options) -> tqdm:
-    """Makes a bar that does not guess the time left: much of it goes into compiling."""
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
-    return tqdm(desc="compiling and training", bar_format=form, **options)
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, History]:
-    """Trains within all guards, prints the table, and writes the figure."""
-    cpu_start, start = time.process_time(), time.perf_counter()
-    options = parse_options(arguments)
     data, faults = load_data(), make_faults(options.steps)
     histories = {}
     total = len(SETTINGS) * options.steps
-    with progress_bar(total=total, unit="steps") as bar:
+    with _study.progress_bar(total=total, unit="steps") as bar:
         for name in SETTINGS:
             histories[name] = train(name, options.seeds, faults, data, bar.update)
-    cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
     print_table(histories, faults)
-    print("What the guards of the first run, of the last setting, say in the end:")
-    for name, value in list(histories.values())[-1].summary.items():
-        print(f"  {name:30} {value:g}")
-    print(
-        f"{len(SETTINGS)} x {options.seeds} runs, trained on"
-        f" {jax.devices()[0].device_kind}: {seconds:.1f} s (CPU seconds after imports:"
-        f" {cpu:.1f})."
-    )
-    path = options.out / "bad_batches.png"
-    plot_losses(histories, faults, path)
-    print(f"Figure: {path}")
+    print(f"{len(SETTINGS)} x {options.seeds} runs {_study.took(start)}.")
+    figures = {"bad_batches": partial(plot_losses, histories, faults)}
+    _figures.save_all(figures, options.out)
     return histories
 
 

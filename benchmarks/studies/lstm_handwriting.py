@@ -1,4 +1,4 @@
-"""Teaches an LSTM to write: it blows up without a clip, and Graves' ranges are exact.
+"""Teaches an LSTM where a pen goes next: without a clip every run blows up.
 
 Graves (2013) predicts the next point of a pen from the points before it: an LSTM reads
 the offsets from point to point, and its outputs are the parameters of a mixture of
@@ -20,15 +20,17 @@ Run:
     python benchmarks/studies/lstm_handwriting.py --quick  # 2 seeds, 40 steps
     python benchmarks/studies/lstm_handwriting.py --strokes lineStrokes  # real pens
 
-Expected (nats per time step on fresh pens, worst / median / best of 16 seeds; less is
-better, and the distance between them is the luck of a seed):
+Expected (nats per time step on fresh pens: minus the log of the density that the model
+gave to where the pen went, so it may be negative, and less is better; quartiles of 16
+seeds, which are the luck of a seed):
     no clip              16 of 16 blown up, within 17 steps
-    global norm 2        -0.2 / -1.8 / -2.3     (Keras 3: -1.4 / -1.8 / -2.0)
-    values within 0.1    -1.4 / -2.2 / -2.8     (Keras 3: -0.8 / -2.3 / -2.9)
-    Graves' ranges       -1.4 / -2.0 / -2.3
-    learning rate 1e-5   -0.5 / -1.3 / -1.5: it falls slowly, and needs no clip
-Three figures are written: the loss, the norm of the gradient before the clip, and
-strokes of the trained models beside those of the data.
+    global norm 2        -2.14 / -1.95 / -1.82
+    values within 0.1    -2.51 / -2.31 / -2.10
+    Graves' ranges       -2.05 / -1.89 / -1.72
+    learning rate 1e-5   -1.42 / -1.29 / -0.90: it falls slowly, and needs no clip
+Keras 3 ended at -1.8 with the same global norm, and at -2.3 with the same range of
+values (medians of 8 seeds on the same pens).
+One figure is written: the loss, and the norm of the gradient before the clip.
 
 Written with Flax linen: the parameters of 80 runs are one tree of arrays to `vmap`
 over, and `nn.LSTMCell` has a dense layer for every gate, which is where Graves clips.
@@ -43,23 +45,30 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import _figures
+import _study
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
+from _figures import LIMIT, STYLES
+from matplotlib.figure import Figure
 
 import optaxclip
 
+FULL = {"seeds": 16, "steps": 200}
+QUICK = {"seeds": 2, "steps": 40}
 TIME_STEPS = 100
 BATCH_SIZE = 8
 HIDDEN = 32
 COMPONENTS = 2  # of the mixture; 5 outputs each: a weight, two means, two deviations
+LEARNING_RATE = 0.01
+SMALL = 1e-5  # the best learning rate without a clip
 MOMENTUM = 0.9
+MAX_NORM = 2.0  # of all gradients together
 STEPS_PER_CALL = 10  # of the optimizer, so that the bar moves
 FRESH_PENS = 64  # to test on
-WRITTEN = 100  # offsets that a model writes, after reading those of a fresh pen
 BLOWN_UP = 1000.0  # nats per time step
 WHERE_TO_GET_IT = (
     "IAM-OnDB is free for research: register with the Computer Vision and Artificial"
@@ -85,29 +94,15 @@ class History(NamedTuple):
     loss: np.ndarray  # of each batch, nats per time step
     norm: np.ndarray  # of the whole gradient at each step, before the clip
     final: np.ndarray  # on fresh pens after training, nats per time step
-    strokes: np.ndarray  # [settings, WRITTEN, 2], offsets that the first model wrote
 
 
-def settings_to_compare(learning_rate: float) -> dict[str, Setting]:
-    """Lists the settings by the name they have in table and figures."""
-    return {
-        "no clip": Setting(learning_rate),
-        "global norm 2": Setting(learning_rate, max_norm=2.0),
-        "values within 0.1": Setting(learning_rate, max_value=0.1),
-        "Graves' ranges": Setting(learning_rate, max_norm=2.0, gates=10.0, outputs=100),
-        f"learning rate {learning_rate / 1000:g}": Setting(learning_rate / 1000),
-    }
-
-
-# Worst / median / best in Keras 3 of 8 seeds, on the same pens.
-KERAS = {
-    "no clip": "7 of 8 NaN",
-    "global norm 2": "-1.42 / -1.77 / -2.04",
-    "values within 0.1": "-0.75 / -2.29 / -2.90",
+SETTINGS = {  # by the name they have in table and figure
+    "no clip": Setting(LEARNING_RATE),
+    "global norm 2": Setting(LEARNING_RATE, max_norm=MAX_NORM),
+    "values within 0.1": Setting(LEARNING_RATE, max_value=0.1),
+    "Graves' ranges": Setting(LEARNING_RATE, MAX_NORM, gates=10.0, outputs=100),
+    f"learning rate {SMALL:g}": Setting(SMALL),
 }
-
-
-# ---- Pens ----------------------------------------------------------------------------
 
 
 def draw_pens(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -174,9 +169,6 @@ def cut_windows(
     return np.stack([line[i : i + TIME_STEPS + 1] for line, i in pairs])
 
 
-# ---- The network ---------------------------------------------------------------------
-
-
 class Writer(nn.Module):
     """An LSTM that reads offsets and returns a mixture for the offset after each."""
 
@@ -188,11 +180,6 @@ class Writer(nn.Module):
 
     def __call__(self, offsets):
         return self.head(self.rnn(offsets))
-
-    def step(self, carry, offset):
-        """One time step, to write with."""
-        carry, state = self.cell(carry, offset)
-        return carry, self.head(state)
 
 
 def mixture(outputs):
@@ -240,9 +227,6 @@ def graves_ranges(setting: Setting) -> dict[str, jax.Array]:
     return {"cell/*": gates, "head": outputs}
 
 
-# ---- Training ------------------------------------------------------------------------
-
-
 @jax.jit
 def init_params(seed):
     """Draws the parameters of a run.
@@ -250,9 +234,8 @@ def init_params(seed):
     Not under `vmap`: the QR decompositions of many orthogonal matrices at once can
     block each other for ever on two cores (jaxlib 0.10).
     """
-    params = Writer().init(jax.random.key(seed), jnp.zeros((1, TIME_STEPS, 2)))[
-        "params"
-    ]
+    variables = Writer().init(jax.random.key(seed), jnp.zeros((1, TIME_STEPS, 2)))
+    params = variables["params"]
     params["cell"]["hf"]["bias"] += 1.0  # so that it remembers at first
     return params
 
@@ -292,36 +275,14 @@ def test_loss(params, offsets):
     return loss_of_batch(params, offsets) / TIME_STEPS
 
 
-@jax.jit
-@partial(jax.vmap, in_axes=(0, None))
-def write(params, read):
-    """Lets a model read offsets and go on: draws each from its mixture for it."""
-
-    def step(carry, offset):
-        variables = {"params": params}
-        return Writer().apply(variables, carry, offset, method=Writer.step)
-
-    def draw_one(state, key):
-        carry, outputs = state
-        log_weights, means, log_deviations = mixture(outputs)
-        which, how = jax.random.split(key)
-        i = jax.random.categorical(which, log_weights)
-        offset = means[i] + jnp.exp(log_deviations[i]) * jax.random.normal(how, (2,))
-        return step(carry, offset), offset
-
-    carry, outputs = jax.lax.scan(step, (jnp.zeros(HIDDEN), jnp.zeros(HIDDEN)), read)
-    keys = jax.random.split(jax.random.key(0), WRITTEN)
-    return jax.lax.scan(draw_one, (carry, outputs[-1]), keys)[1]
-
-
 def train(
     settings: Sequence[Setting],
     seeds: int,
     steps: int,
     draw: Callable[[np.random.Generator, int], np.ndarray],
     on_steps: Callable[[int], object] = lambda count: None,
-) -> tuple[dict, np.ndarray, History]:
-    """Trains every setting from every seed; returns parameters, fresh pens, history.
+) -> History:
+    """Trains every setting from every seed, side by side.
 
     A seed gives the same initial parameters and batches whatever the setting.
     """
@@ -337,42 +298,10 @@ def train(
         runs, measured = train_some_steps(table, runs, batches)
         recorded.append(jax.device_get(measured))  # waits for the steps to end
         on_steps(count)
-    loss, norm = (
-        np.concatenate(parts, axis=-1) for parts in zip(*recorded, strict=True)
-    )
-    params = runs[0]
+    parts = zip(*recorded, strict=True)
+    loss, norm = (np.concatenate(part, axis=-1) for part in parts)
     fresh = draw(np.random.default_rng(seeds), FRESH_PENS)
-    strokes = write(jax.tree.map(lambda x: x[:, 0], params), fresh[0])
-    final = np.asarray(test_loss(params, fresh))
-    return params, fresh, History(loss, norm, final, np.asarray(strokes))
-
-
-@jax.jit
-@partial(jax.grad, argnums=1)
-def look_back(params, stats, offsets, setting: Setting):
-    """Returns what the ranges saw in one backward pass: the "gradient" of `stats`."""
-    clips = {
-        layer: partial(optaxclip.clip_cotangent, limit=limit, stats=stats[layer])
-        for layer, limit in graves_ranges(setting).items()
-    }
-    return optaxclip.clip_layer_cotangents(loss_of_batch, clips)(params, offsets)
-
-
-# ---- What it shows -------------------------------------------------------------------
-
-
-def worst_median_best(values) -> str:
-    """Writes three numbers, where a NaN is the worst of all."""
-    values = np.asarray(values, np.float64)
-    ordered = np.sort(np.where(np.isfinite(values), values, 1e300))[::-1]
-    return " / ".join(map(short, (ordered[0], np.median(ordered), ordered[-1])))
-
-
-def short(value: float) -> str:
-    """Writes a number in at most six characters."""
-    if value > 1e100:
-        return "NaN"
-    return f"{value:.2f}" if abs(value) < BLOWN_UP else f"{value:.0e}"
+    return History(loss, norm, np.asarray(test_loss(runs[0], fresh)))
 
 
 def blown_up(values) -> np.ndarray:
@@ -380,142 +309,57 @@ def blown_up(values) -> np.ndarray:
     return ~(np.asarray(values) < BLOWN_UP)
 
 
-def print_table(names: Sequence[str], history: History, with_keras: bool) -> None:
-    """Prints one aligned line per setting."""
-    columns = "{:22} {:>9} {:>9}  {:>23}  {:>23}".format
-    keras = "Keras 3, 8 seeds" if with_keras else ""
-    print(columns("", "blown up", "at step", "nats per time step", keras))
-    parts = "worst / median / best"
-    print(columns("setting", "runs", "", parts, parts if with_keras else ""))
-    for i, name in enumerate(names):
-        up = blown_up(history.final[i])
-        lost = blown_up(history.loss[i])
-        steps = (lost.argmax(axis=-1) + 1)[lost.any(axis=-1)]
-        cells = [name, f"{up.sum()} of {up.size}"]
-        cells += [f"{steps.min()}-{steps.max()}" if steps.size else "-"]
-        cells += [worst_median_best(history.final[i])]
-        print(columns(*cells, KERAS.get(name, "-") if with_keras else ""))
-
-
-def print_look_back(stats) -> None:
-    """Prints what came back to the layers that the ranges name."""
-    named = optaxclip.summary(stats)
-    print("\nWhat Graves' ranges saw in one more backward pass of the first model:")
-    columns = "{:22} {:>9} {:>11} {:>14} {:>11}".format
-    print(columns("layers", "calls", "mean norm", "largest below", "clipped"))
-    for layer in stats:
-        calls, norm, largest, clipped = (
-            float(named[f"cotangent/{key}/{layer}"])
-            for key in ("calls", "norm", "largest_norm", "clipped_fraction")
-        )
-        cells = f"{calls:.0f}", f"{norm:.3g}", f"{largest:.3g}", f"{clipped:.2%}"
-        print(columns(layer, *cells))
-
-
-def new_figure(rows: int, columns: int, figsize, **options):
-    """Opens a figure. matplotlib is imported here: it takes most of a second."""
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure
-
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
-    rcParams.update({"legend.frameon": False, "legend.fontsize": "small"})
-    figure = Figure(figsize=figsize, layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def plot_runs(ax, values, loss, highest: float) -> None:
-    """Draws the median of the runs and a band between their quartiles.
-
-    Where runs blow up, it draws each of them, up to the last step before that.
-    """
-    steps = np.arange(1, values.shape[-1] + 1)
+def until_lost(values, loss) -> np.ndarray:
+    """Puts NaN from the first loss on that is blown up: some fall back from there."""
     lost = blown_up(loss).cumsum(axis=-1) > 0
-    if not lost.any():
-        low, middle, high = np.percentile(values, (25, 50, 75), axis=0)
-        ax.fill_between(steps, low, high, color="C0", alpha=0.3, linewidth=0)
-        ax.plot(steps, middle, color="C0")
-        return
-    for run, length in zip(values, (~lost).sum(axis=-1), strict=True):
-        ax.plot(steps[:length], run[:length], color="C3", alpha=0.5)
-        if 0 < length < run.size:
-            ax.plot(length, min(run[length - 1], highest), "x", color="black")
+    return np.where(lost, np.nan, values)
 
 
-def plot_loss(names: Sequence[str], history: History, path: Path) -> None:
-    """Shows the loss of each batch; without a clip run by run, up to the explosion."""
-    figure, axes = new_figure(1, len(names), (15, 4), sharey=True)
-    for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        plot_runs(ax, history.loss[i], history.loss[i], highest=5.5)
-        ax.set(title=name, xlabel="step", ylim=(-3.5, 6))
-    axes[0].set(ylabel="loss of the batch, nats per time step")
-    figure.suptitle(
-        "The loss: median and quartiles; where runs blow up, each of them up to the"
-        " last step (x) with a loss below 1000"
+def print_settings(history: History) -> None:
+    """Prints one line per setting."""
+    heads = ["setting", "runs\nblown up", "at step"]
+    rows = []
+    for name, losses, final in zip(SETTINGS, history.loss, history.final, strict=True):
+        lost = blown_up(losses)
+        steps = (lost.argmax(axis=-1) + 1)[lost.any(axis=-1)]
+        row = [name, f"{blown_up(final).sum()} of {final.size}"]
+        row += [f"{steps.min()}-{steps.max()}" if steps.size else "-"]
+        rows.append([*row, _study.three_quartiles(final)])
+    _study.print_table([*heads, f"nats per time step\n{_study.QUARTILES}"], rows)
+
+
+def plot_runs(history: History) -> Figure:
+    """Lays the settings over each other: the loss, and the norm before the clip."""
+    figure, axes = _figures.new_figure(1, 2, (13, 6))
+    steps = np.arange(1, history.loss.shape[-1] + 1)
+    for ax, recorded in zip(axes[0], (history.loss, history.norm), strict=True):
+        for style, name, values, losses in zip(
+            STYLES, SETTINGS, recorded, history.loss, strict=False
+        ):
+            values = until_lost(values, losses)
+            if np.isfinite(values).all():
+                _figures.plot_band(ax, steps, values, style, name)
+            else:
+                thin = {**style, "linewidth": 0.8}
+                _figures.plot_runs(ax, values, thin, f"{name} (a line per seed)")
+        ax.set(xscale="log", xlabel="step (log scale)", xlim=(1, len(steps)))
+    loss, norm = axes[0]
+    loss.set_yscale("symlog", linthresh=5, linscale=3)
+    loss.set_ylim(-3, BLOWN_UP)
+    loss.set_yticks([-3, -2, -1, 0, 1, 2, 3, 4, 5, 10, 100, 1000])
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.set_ylabel(
+        "loss: minus the log of the density, nats per time step\n(logarithmic above 5)"
     )
-    figure.savefig(path)
-
-
-def plot_norms(settings: dict[str, Setting], history: History, path: Path) -> None:
-    """Shows the norm before the clip: it grows while the loss falls."""
-    figure, axes = new_figure(1, len(settings), (15, 4), sharey=True)
-    for i, (ax, name) in enumerate(zip(axes, settings, strict=True)):
-        plot_runs(ax, history.norm[i], history.loss[i], highest=7e6)
-        if math.isfinite(settings[name].max_norm):
-            ax.axhline(settings[name].max_norm, color="black", linestyle="--")
-        ax.set(title=name, xlabel="step", yscale="log", ylim=(1, 1e7))
-    axes[0].set(ylabel="norm of the gradient")
+    norm.axhline(MAX_NORM, label=f"the threshold {MAX_NORM:g} of norms", **LIMIT)
+    norm.set(yscale="log", ylabel="norm of the gradient, before the clip")
     figure.suptitle(
-        "The gradient before the clip (dashed: the threshold): median and quartiles;"
-        " where runs blow up, each of them up to the last step (x) before it"
+        "Without a clip every run blows up; with one the loss falls while gradients"
+        f" grow\n(median and quartiles; x: the last step with a loss below"
+        f" {BLOWN_UP:g})"
     )
-    figure.savefig(path)
-
-
-def plot_strokes(
-    names: Sequence[str], history: History, offsets: np.ndarray, path: Path
-) -> None:
-    """Shows how the first model of each setting goes on from the data."""
-    figure, axes = new_figure(2, 3, (12, 7))
-    read = np.cumsum(offsets, axis=0)
-    axes[0, 0].plot(*read.T, color="black")
-    axes[0, 0].set(title="the data")
-    for ax, name, strokes in zip(axes.flat[1:], names, history.strokes, strict=True):
-        ax.plot(*read.T, color="black", alpha=0.2)
-        written = read[-1] + np.cumsum(strokes, axis=0)
-        if np.isfinite(written).all():
-            ax.plot(*np.vstack([read[-1], written]).T, color="C0")
-        else:
-            ax.text(0.5, 0.5, "NaN", color="C3", transform=ax.transAxes, ha="center")
-        ax.plot(*read[-1], "o", color="C2")
-        ax.set(title=name)
-    for ax in axes.flat:
-        ax.set_aspect("equal", adjustable="datalim")
-    figure.suptitle(
-        f"{len(read)} offsets of a fresh pen (grey), and the {WRITTEN} that a model"
-        " writes after reading them (from the dot on)"
-    )
-    figure.savefig(path)
-
-
-# ---- Options -------------------------------------------------------------------------
-
-
-def whole_number(text: str) -> int:
-    """Reads an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def positive_number(text: str) -> float:
-    """Reads an option that must be a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
+    _figures.legend_below(figure, axes[0], columns=3)
+    return figure
 
 
 def handwriting(text: str) -> list[np.ndarray]:
@@ -526,67 +370,22 @@ def handwriting(text: str) -> list[np.ndarray]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the options, and prepares the device and the folder they ask for."""
-    parser = argparse.ArgumentParser(
-        description="Teaches an LSTM to write, with and without clips."
-    )
-    add = parser.add_argument
-    add("--seeds", type=whole_number, help="runs per setting (default 16)")
-    add("--steps", type=whole_number, help="of the optimizer (default 200)")
-    add("--learning-rate", type=positive_number, default=0.01, help="default 0.01")
-    add("--strokes", type=handwriting, metavar="PATH", help="IAM-OnDB or an .npz file")
-    add("--out", type=Path, default=Path("figures"), help="folder of the figures")
-    add("--quick", action="store_true", help="2 seeds and 40 steps unless said")
-    add("--cpu", action="store_true", help="leave an accelerator alone")
-    options = parser.parse_args(arguments)
-    options.seeds = options.seeds or (2 if options.quick else 16)
-    options.steps = options.steps or (40 if options.quick else 200)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: expected a folder to write to: {error}")
-    if options.cpu:
-        jax.config.update("jax_platforms", "cpu")
-    return options
-
-
-def progress_bar(**options) -> tqdm:
-    """Makes a bar that does not guess the time left: much of it goes into compiling."""
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
-    return tqdm(desc="compiling and training", bar_format=form, **options)
-
-
 def main(arguments: Sequence[str] | None = None) -> History:
-    """Trains all settings, prints the tables, and writes the figures."""
-    cpu_start, start = time.process_time(), time.perf_counter()
-    options = parse_options(arguments)
-    draw = draw_pens
-    if options.strokes:
-        draw = partial(cut_windows, options.strokes)
-    settings = settings_to_compare(options.learning_rate)
-    with progress_bar(total=options.steps, unit="steps") as bar:
-        params, fresh, history = train(
-            list(settings.values()), options.seeds, options.steps, draw, bar.update
+    """Trains all settings, prints the table, and writes the figure."""
+    start = time.perf_counter()
+    parser = _study.option_parser("Teaches an LSTM where a pen goes.", FULL, QUICK)
+    text = "IAM-OnDB or an .npz file"
+    parser.add_argument("--strokes", type=handwriting, metavar="PATH", help=text)
+    options = _study.parse_options(parser, arguments, QUICK)
+    draw = partial(cut_windows, options.strokes) if options.strokes else draw_pens
+    with _study.progress_bar(total=options.steps, unit="steps") as bar:
+        history = train(
+            list(SETTINGS.values()), options.seeds, options.steps, draw, bar.update
         )
-    cpu, seconds = time.process_time() - cpu_start, time.perf_counter() - start
-    names = list(settings)
-    print_table(names, history, with_keras=not options.strokes)
-    print(
-        f"{len(settings)} x {options.seeds} runs, compiled and trained together on"
-        f" {jax.devices()[0].device_kind}: {seconds:.1f} s"
-        f" (CPU seconds after imports: {cpu:.1f})."
-    )
-    graves = names.index("Graves' ranges")
-    stats = {layer: optaxclip.cotangent_stats() for layer in ("cell/*", "head")}
-    first = jax.tree.map(lambda x: x[graves, 0], params)
-    seen = look_back(first, stats, fresh[:BATCH_SIZE], settings["Graves' ranges"])
-    print_look_back(seen)
-    paths = [options.out / f"handwriting_{x}.png" for x in ("loss", "norms", "strokes")]
-    plot_loss(names, history, paths[0])
-    plot_norms(settings, history, paths[1])
-    plot_strokes(names, history, fresh[0], paths[2])
-    print("Figures:", *paths, sep="\n  ")
+    print_settings(history)
+    runs = f"{len(SETTINGS)} x {options.seeds} runs, trained together"
+    print(f"{runs} {_study.took(start)}.")
+    _figures.save_all({"handwriting": partial(plot_runs, history)}, options.out)
     return history
 
 

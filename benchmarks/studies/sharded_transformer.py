@@ -12,50 +12,44 @@ settings, on a mesh with the axes data, fsdp and tensor:
                    the norm of a device's own pieces for that of the gradient
 
 Run:
-    python benchmarks/studies/sharded_transformer.py                # 30 s on two cores
+    python benchmarks/studies/sharded_transformer.py          # 30 s on two cores
     python benchmarks/studies/sharded_transformer.py --quick  # 20 s, mostly compiling
-    python benchmarks/studies/sharded_transformer.py --processes 2  # 1 min: its mesh
-        over two processes, which talk to each other as two machines would
 
 Expected (largest relative deviation from one device in any of 80 steps):
-                loss at the end    of loss     of norm    of factor   copies differ by
-    jit                   2.52       4e-6       3e-4         3e-4           0
-    shard_map             2.52       4e-6       2e-4         2e-4           0
-    local norms           2.64        0.2        3.6          3.9          0.7
+EXPECTED
 The first three agree to 1e-6 in the first steps; then SGD amplifies what rounding does.
-So another machine, or a second process, has other digits of that size. With local norms
+So another machine, or another text, has other digits. With local norms
 no two devices of a replica clip alike: what they hold in common, and should be equal on
 all of them, drifts apart, silently.
 
 Without a pair of accelerators the mesh is 8 virtual devices of the CPU, 2 x 2 x 2. With
-several they are used, up to 8. `--processes` always takes the CPU.
+several they are used, up to 8.
 One figure is written: loss, norm before the clip, and how far the norm is off.
 """
 
-import argparse
 import contextlib
-import os
-import socket
-import subprocess
-import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _figures
+import _study
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _figures import LIMIT, STYLES
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
 import optaxclip
 
+FULL = {"steps": 80}
+QUICK = {"steps": 10}
 DEVICES = 8  # at most; virtual ones, of the CPU, where there is no pair of accelerators
 AXES = ("data", "fsdp", "tensor")
 MESHES = {8: (2, 2, 2), 4: (1, 2, 2), 2: (1, 2, 1), 1: (1, 1, 1)}  # by their number
@@ -71,14 +65,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 0.7
 MOMENTUM = 0.9
 MAX_NORM = 0.3
-TIMEOUT = 600  # seconds, for several processes
 LAST = 10  # steps over which the final loss is averaged
-STYLES = (  # of the settings: color, width and style of the line
-    ("0.8", 7, "-"),
-    ("C0", 3, "-"),
-    ("C1", 1.5, "--"),
-    ("C3", 1, "-"),
-)
 
 
 class Record(NamedTuple):
@@ -287,7 +274,7 @@ def make_settings(mesh: Mesh) -> dict[str, Setting]:
     optimizer = make_optimizer(optaxclip.clip_by_global_norm(MAX_NORM))
     unaware = make_optimizer(optax.clip_by_global_norm(MAX_NORM))
     return {
-        "one device": on_one_device(optimizer, mesh.local_devices[0]),
+        "one device": on_one_device(optimizer, mesh.devices.flat[0]),
         "jit": under_jit(optimizer, mesh),
         "shard_map": in_shard_map(optimizer, mesh),
         "local norms": with_local_norms(unaware, mesh),
@@ -295,16 +282,10 @@ def make_settings(mesh: Mesh) -> dict[str, Setting]:
 
 
 def make_mesh() -> Mesh:
-    """Takes the accelerators, at most 8, or virtual devices of the CPU.
-
-    Neighbours on the axis fsdp are far apart, in two processes where there are some, so
-    that a norm is a sum over processes. For speed do the opposite.
-    """
+    """Takes the accelerators, at most 8, or virtual devices of the CPU."""
     devices = jax.devices() if jax.device_count() > 1 else jax.devices("cpu")
     count = max(count for count in MESHES if count <= len(devices))
-    data, fsdp, tensor = MESHES[count]
-    grid = np.array(devices[:count]).reshape(fsdp, data, tensor)
-    return Mesh(grid.transpose(1, 0, 2), AXES)
+    return Mesh(np.array(devices[:count]).reshape(MESHES[count]), AXES)
 
 
 def on_mesh(mesh: Mesh, specs):
@@ -328,18 +309,12 @@ def take_batch(text: np.ndarray, step: int) -> np.ndarray:
     return text[starts + np.arange(CONTEXT + 1)].astype(np.int32)
 
 
-def put(array, sharding) -> jax.Array:
-    """Gives each device its piece, of an array that every process has."""
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-
 def first_state(setting: Setting):
     """Draws the state, the same bits in all settings, and spreads it over the devices.
 
     What is too large for one is drawn in place: `jit(init, out_shardings=shardings)`.
     """
-    return jax.tree.map(put, nn.unbox(init_state(setting.optimizer)), setting.state)
+    return jax.device_put(nn.unbox(init_state(setting.optimizer)), setting.state)
 
 
 def train(
@@ -356,7 +331,9 @@ def train(
     for i in range(steps):
         # Accelerators would round what they multiply, in each layout another way.
         with jax.default_matmul_precision("float32"):
-            state, record = step(state, put(take_batch(text, i), setting.batch))
+            state, record = step(
+                state, jax.device_put(take_batch(text, i), setting.batch)
+            )
         # Virtual devices share few cores: no step may start before all have ended.
         jax.block_until_ready(state)
         records.append(jax.device_get(record))
@@ -388,164 +365,78 @@ def deviation(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.abs(values / truth[:, None] - 1).max(axis=1)
 
 
-def print_table(records: dict[str, Record], apart: dict[str, float]) -> None:
-    """Prints one aligned line per setting."""
-    columns = "{:12} {:>8} {:>10} {:>9} {:>9}  {:>11} {:>8}".format
-    print(columns("", "final", "largest", "deviation", "of the", "difference", "steps"))
-    print(columns("setting", "loss", "loss", "norm", "factor", "of copies", "clipped"))
+def print_records(records: dict[str, Record], apart: dict[str, float]) -> None:
+    """Prints one line per setting."""
+    heads = ["setting", "final\nloss", "largest\nloss", "deviation\nnorm"]
+    heads += ["of the\nfactor", "difference\nof copies", "steps\nclipped"]
     truth = records["one device"]
+    rows = []
     for name, record in records.items():
-        cells = [f"{record.loss[-LAST:].mean():.4f}"]
-        cells += [f"{deviation(*x).max():.1e}" for x in zip(record, truth, strict=True)]
-        cells += [f"{apart[name]:.1e}" if name in apart else "-"]
-        print(columns(name, *cells, f"{np.mean(record.factor < 1):.0%}"))
+        row = [name, f"{record.loss[-LAST:].mean():.4f}"]
+        row += [f"{deviation(*x).max():.1e}" for x in zip(record, truth, strict=True)]
+        row += [f"{apart[name]:.1e}" if name in apart else "-"]
+        rows.append([*row, f"{np.mean(record.factor < 1):.0%}"])
+    _study.print_table(heads, rows)
 
 
-def plot_records(records: dict[str, Record], path: Path) -> None:
+def plot_records(records: dict[str, Record]) -> Figure:
     """Draws loss, norm, and how far the norm is off. Lines that agree get thinner."""
-    from matplotlib import rcParams  # imported here, for it takes most of a second
-    from matplotlib.figure import Figure
-
-    rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 120})
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    for i, (name, record) in enumerate(records.items()):
-        steps = np.arange(1, len(record.loss) + 1)
-        style = dict(zip(("color", "linewidth", "linestyle"), STYLES[i], strict=True))
+    figure, axes = _figures.new_figure(3, 1, (9, 10), sharex=True)
+    (top, middle, bottom), truth = axes[:, 0], records["one device"]
+    steps = np.arange(1, len(truth.loss) + 1)
+    widths = (6.0, 3.0, 1.5, 1.5)
+    colors = ("0.75", *(style["color"] for style in STYLES[:3]))
+    lines = ("-", "-", (0, (4, 3)), (0, (1, 1)))
+    for (name, record), color, width, line in zip(
+        records.items(), colors, widths, lines, strict=True
+    ):
+        style = {"color": color, "linewidth": width, "linestyle": line}
         top.plot(steps, record.loss, label=name, **style)
-        norms = record.norm.reshape(len(steps), -1)
-        middle.plot(steps, norms, **style)
-        if i > 0:
-            off = deviation(record.norm, records["one device"].norm)
-            bottom.plot(steps, np.maximum(off, 1e-8), **style)
-    middle.axhline(MAX_NORM, color="k", linewidth=1, linestyle=":", label="threshold")
-    middle.legend(loc="upper right", frameon=False)
-    top.legend(loc="upper right", frameon=False)
-    top.set(ylabel="loss (nats per character)")
-    middle.set(yscale="log", ylabel="norm before the clip\n(red: of each device)")
-    bottom.set(yscale="log", ylabel="relative deviation of the norm")
+        norms = record.norm.reshape(len(steps), -1)  # of each device where it is local
+        if norms.shape[1] == 1:
+            middle.plot(steps, norms, **style)
+        else:
+            band = {"facecolor": color, "alpha": 0.35, "hatch": "///", "linewidth": 0}
+            label = "local norms: from the smallest device to the largest"
+            limits = norms.min(axis=1), norms.max(axis=1)
+            middle.fill_between(steps, *limits, label=label, **band)
+        if record is not truth:
+            off = deviation(record.norm, truth.norm)
+            bottom.plot(steps, np.where(off > 0, off, np.nan), label=name, **style)
+    middle.axhline(MAX_NORM, label=f"the threshold {MAX_NORM:g}", **LIMIT)
+    top.set(ylabel="loss, nats per character")
+    middle.set(yscale="log", ylabel="norm of the gradient,\nbefore the clip")
+    bottom.set(yscale="log", ylabel="norm: relative deviation\nfrom one device")
     bottom.set(xlabel="step")
-    figure.savefig(path)
-
-
-def whole_number(text: str) -> int:
-    """Reads an option that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
-
-
-def parse_options(arguments) -> argparse.Namespace:
-    """Reads the options, and makes the folder for the figure."""
-    parser = argparse.ArgumentParser(description="Trains a transformer on a mesh.")
-    add = parser.add_argument
-    add("--steps", type=whole_number, help="updates per setting (default 80)")
-    processes = "that share 8 virtual devices of the CPU (default 1)"
-    add("--processes", type=int, choices=(1, 2, 4), default=1, help=processes)
-    add("--join", nargs=2, help=argparse.SUPPRESS)  # what --processes starts
-    add("--out", type=Path, default=Path("figures"), help="folder of the figure")
-    quick = "10 steps unless said otherwise"
-    add("--quick", action="store_true", help=quick)
-    options = parser.parse_args(arguments)
-    options.steps = options.steps or (10 if options.quick else 80)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: expected a folder to write to: {error}")
-    return options
-
-
-def run_processes(count: int, arguments: Sequence[str], timeout: float) -> None:
-    """Runs this file in several processes, of which the first prints and draws.
-
-    Raises:
-      SystemExit: one of them failed, or they took too long. All are stopped then.
-    """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))  # at a port that is free
-        address = f"localhost:{probe.getsockname()[1]}"
-    command = [sys.executable, __file__, *arguments, "--join", address]
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(tempfile.TemporaryFile("w+"))
-        processes = []
-        for number in range(count):
-            out = log if number > 0 else None  # the first has the terminal
-            process = subprocess.Popen([*command, str(number)], stdout=out, stderr=out)
-            stack.enter_context(process)  # waits for its end, ...
-            stack.callback(process.kill)  # ... which comes at once, whatever happens
-            processes.append(process)
-        error = wait(processes, timeout)
-        log.seek(0)
-        if error:
-            wrote = log.read() or "nothing"
-            sys.exit(f"\n{error} What all but process 0 wrote:\n{wrote}")
-
-
-def wait(processes: Sequence[subprocess.Popen], timeout: float) -> str:
-    """Waits until all have ended, or one has failed; says what went wrong."""
-    deadline = time.monotonic() + timeout
-    while True:
-        codes = [process.poll() for process in processes]
-        for number, code in enumerate(codes):
-            if code:  # the others would wait for it
-                return f"Process {number} ended with exit code {code}."
-        if None not in codes:
-            return ""
-        if time.monotonic() > deadline:
-            return f"Expected the processes to end within {timeout:g} s."
-        time.sleep(0.1)
-
-
-def join(address: str, number: int, count: int) -> None:
-    """Makes this process one of several on the CPU."""
-    # Gloo talks to the standard output of C: keep that for our own.
-    sys.stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, count, number)
-
-
-def progress_bar(**options) -> tqdm:
-    """Makes a bar that does not guess the time left: much of it goes into compiling."""
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}]"
-    return tqdm(desc="compiling and training", bar_format=form, **options)
+    for ax in axes[:, 0]:
+        ax.legend(loc="best", fontsize=9)
+    figure.suptitle(
+        "Sharded over a mesh, the clip sees the norm of one device;\n"
+        "norms of a device's own pieces are wrong from the first step on"
+    )
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Record]:
-    """Trains in all settings, prints the table, and draws the figure.
-
-    Returns what was recorded, by setting; nothing where other processes trained.
-    """
+    """Trains in all settings, prints the table, and draws the figure."""
     start = time.perf_counter()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = parse_options(arguments)
-    if options.processes > 1 and not options.join:
-        run_processes(options.processes, arguments, TIMEOUT)
-        return {}
+    parser = _study.option_parser("Trains a transformer on a mesh.", FULL, QUICK)
+    options = _study.parse_options(parser, arguments, QUICK)
     with contextlib.suppress(RuntimeError):  # JAX runs already, and has its devices
-        jax.config.update("jax_num_cpu_devices", DEVICES // options.processes)
-    if options.join:
-        join(options.join[0], int(options.join[1]), options.processes)
+        jax.config.update("jax_num_cpu_devices", DEVICES)
     mesh, text = make_mesh(), standard_library()
-    settings, first = make_settings(mesh), jax.process_index() == 0
-    records, apart = {}, {}
+    settings, records, apart = make_settings(mesh), {}, {}
     total = len(settings) * options.steps
-    with progress_bar(total=total, unit="steps", disable=not first) as bar:
+    with _study.progress_bar(total=total, unit="steps") as bar:
         for name, setting in settings.items():
             params, records[name] = train(setting, text, options.steps, bar.update)
             if setting.batch.num_devices > 1:
                 apart[name] = copies_apart(mesh, params)
-    if first:
-        print_table(records, apart)
-        print(
-            f"{options.steps} steps on {' x '.join(map(str, mesh.devices.shape))}"
-            f" devices ({mesh.devices.flat[0].device_kind}), in {options.processes}"
-            f" process(es): {time.perf_counter() - start:.1f} s."
-        )
-        path = options.out / "sharded_transformer.png"
-        plot_records(records, path)
-        print(f"Figure: {path}")
+    print_records(records, apart)
+    shape = " x ".join(map(str, mesh.devices.shape))
+    print(f"{options.steps} steps on {shape} devices {_study.took(start)}.")
+    figures = {"sharded_transformer": partial(plot_records, records)}
+    _figures.save_all(figures, options.out)
     return records
 
 

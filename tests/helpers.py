@@ -1,11 +1,13 @@
 """Trees of updates, their bits, types and tolerances: what every test needs."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import optaxclip
 
@@ -18,6 +20,20 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "complex
 
 # Two layers, one of two leaves: enough to tell a leaf, a layer and a tree apart.
 SHAPES = {"dense": {"bias": (3,), "kernel": (4, 3)}, "head": {"kernel": (3, 2)}}
+
+
+def in_turn(*columns: Sequence[Any]) -> list[Any]:
+    """All combinations; those beyond the longest column, in turn, are thorough."""
+    length = max(map(len, columns))
+    rows = range(length)
+    first = {tuple(x[(i + i // len(x)) % len(x)] for x in columns) for i in rows}
+    every = itertools.product(*columns)
+    return [row if row in first else thorough(*row) for row in every]
+
+
+def thorough(*values: Any) -> Any:
+    """Parameters that are one more of a kind, see `table.KINDS`."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
 
 
 def is_shape(x) -> bool:

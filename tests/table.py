@@ -1,7 +1,7 @@
 """The table of all clips, each with its reference: a new clip is a row here."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import Clip, Tree, oc, random_tree, run, three_steps
+from helpers import Clip, Tree, oc, random_tree, run, thorough, three_steps
 from in_numpy import (
     acclip_step,
     adam_step,
@@ -307,62 +307,21 @@ TABLE: dict[str, Row] = {
 clips: dict[str, Callable[..., Clip]] = {name: row.make for name, row in TABLE.items()}
 references = {name: row.reference for name, row in TABLE.items()}
 
+# One of each kind: each norm, factor, memory and kind of threshold is in one of them.
+# The others repeat their parts in other combinations: these tests are `thorough`.
+KINDS = (
+    *("value", "value_mapping", "global_norm", "global_norm_schedule", "soften"),
+    *("leaf_norm", "user_norm", "group_norm_mapping", "block_rms", "agc", "clippy"),
+    *("singular_values", "spectral_norm", "lagged_leaf", "zclip", "mapping_of_rules"),
+    *("acclip", "spam", "stable_spam_clip", "stable_adamw", "u_clip"),
+)
+assert set(KINDS) <= set(clips)
+
 # Clips of single elements: their scope is the element, they carry no norm.
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))
 
 # What keeps arrays like the params in its state, and no statistics of its own.
 REMEMBERING = ("acclip", "spam", "stable_adamw", "u_clip")
-
-# What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
-named: dict[str, tuple[Callable[..., Clip], dict[str, Any]]] = {
-    "clip_by_value": (oc.clip_by_value, {"limit": 0.5}),
-    "clip_by_value_range": (oc.clip_by_value, {"limit": (-0.25, 0.5)}),
-    "clip_by_value_mapping": (
-        oc.clip_by_value,
-        {"limit": {"dense": 0.25, "**": 1.0}},
-    ),
-    "clip": (oc.clip, {"max_delta": 0.5}),
-    "clip_by_global_norm": (oc.clip_by_global_norm, {"max_norm": 1.0}),
-    "clip_by_leaf_norm": (oc.clip_by_leaf_norm, {"max_norm": 1.0}),
-    "clip_by_leaf_norm_mapping": (
-        oc.clip_by_leaf_norm,
-        {"max_norm": {"dense": 0.5, "**": 2.0}},
-    ),
-    "clip_by_group_norm": (oc.clip_by_group_norm, {"max_norm": 1.0}),
-    "clip_by_group_norm_labels": (
-        oc.clip_by_group_norm,
-        {"max_norm": 1.0, "labels": {"kernel": "weights", "**": "rest"}},
-    ),
-    "clip_by_block_rms": (oc.clip_by_block_rms, {"threshold": 0.5}),
-    "adaptive_grad_clip": (oc.adaptive_grad_clip, {"clipping": 0.25}),
-    "adaptive_grad_clip_excluding": (
-        oc.adaptive_grad_clip,
-        {"clipping": 0.25, "exclude": ("head",)},
-    ),
-    "clip_by_relative_step": (oc.clip_by_relative_step, {"relative": 0.25}),
-    "clip_by_trust_ratio": (oc.clip_by_trust_ratio, {"trust_coefficient": 0.25}),
-    "clippy": (oc.clippy, {}),
-    "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),
-    "clip_by_spectral_norm": (oc.clip_by_spectral_norm, {"max_norm": 1.0}),
-    "normalize_by_update_norm": (
-        oc.normalize_by_update_norm,
-        {"scale_factor": 1.0},
-    ),
-    "zclip": (oc.zclip, {"z_threshold": 2.5, "warmup_steps": 10, "max_norm": 1.0}),
-    "adagc": (oc.adagc, {"relative": 1.05, "warmup_steps": 10, "max_norm": 1.0}),
-    "k_sigma_clip": (oc.k_sigma_clip, {"num_std": 3.0, "decay": 0.9}),
-    "aggc": (oc.aggc, {"high": 1.5, "low": 0.5, "decay": 0.9}),
-    "stable_spam_clip": (oc.stable_spam_clip, {"mean_decay": 0.7, "max_decay": 0.9}),
-    "acclip": (oc.acclip, {"b1": 0.5, "b2": 0.75, "eps": 0.5}),
-    "spam_clip": (
-        oc.spam_clip,
-        {"threshold": 4.0, "decay": 0.5, "warmup_steps": 1, "reset_every": 3},
-    ),
-    "stable_adamw": (
-        oc.stable_adamw,
-        {"learning_rate": 0.5, "b1": 0.5, "b2": 0.75, "eps": 0.5, "weight_decay": 0.25},
-    ),
-}
 
 
 def every_clip(exempt: Mapping[str, str] | None = None):
@@ -370,7 +329,13 @@ def every_clip(exempt: Mapping[str, str] | None = None):
     exempt = exempt or {}
     unknown = set(exempt) - set(clips)
     assert not unknown, f"exempt, but not in the table: {unknown}"
-    return pytest.mark.parametrize("name", [n for n in clips if n not in exempt])
+    names = [name for name in clips if name not in exempt]
+    return pytest.mark.parametrize("name", by_kind(names))
+
+
+def by_kind(names: Sequence[str]) -> list[Any]:
+    """Marks all but one row of each kind as thorough."""
+    return [name if name in KINDS else thorough(name) for name in names]
 
 
 # Every compiled clip costs about half a second, so the tests share them.

@@ -97,15 +97,20 @@ def split_between_matrices(name, stack, check_vma, steps, is_inside=True):
     return jax.jit(mapped)(steps, clip.init(steps[0]))
 
 
+@functools.cache
+def on_one_device(name, stack):
+    steps, clip = list(steps_of_stacks(STACKS[stack][0])), RULES[name][0](0.5)
+    run = jax.jit(functools.partial(three_steps, clip))
+    return steps, *run(steps, clip.init(steps[0]))
+
+
 @every_rule
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_stack_may_be_split_between_its_matrices(name, stack, check_vma):
-    steps = list(steps_of_stacks(STACKS[stack][0]))
+    steps, *expected = on_one_device(name, stack)
     found, state = split_between_matrices(name, stack, check_vma, steps)
-    clip = RULES[name][0](0.5)
-    expected = jax.jit(functools.partial(three_steps, clip))(steps, clip.init(steps[0]))
-    chex.assert_trees_all_close((found, state), expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_close([found, state], expected, rtol=2e-5, atol=2e-6)
     for clipped, updates in zip(found, steps, strict=True):
         assert_is(name, clipped, updates, 0.5, rtol=1e-5)
 

@@ -64,7 +64,8 @@ EVERY_PAIR = [(name, dtype) for dtype in helpers.DTYPES for name in clips]
 def every_clip_and_dtype(exempt: dict[Any, str]):
     """Parametrizes over all pairs less those named, by clip or by clip and dtype."""
     pairs = [pair for pair in EVERY_PAIR if not exempt.keys() & {pair, pair[0]}]
-    return pytest.mark.parametrize(("name", "dtype"), pairs, indirect=["dtype"])
+    marked = [x if x[0] in table.KINDS else helpers.thorough(*x) for x in pairs]
+    return pytest.mark.parametrize(("name", "dtype"), marked, indirect=["dtype"])
 
 
 # --------------------------------------------------------------------------------------

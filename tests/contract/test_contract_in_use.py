@@ -15,7 +15,7 @@ import pytest
 import helpers
 import table
 from helpers import oc, three_steps
-from table import clips, every_clip, first_step, named
+from table import clips, every_clip, first_step
 
 pytestmark = pytest.mark.usefixtures("strict_shapes")
 
@@ -141,6 +141,58 @@ def test_multi_steps_clips_the_mean(name):
     chex.assert_trees_all_equal(nothing, jax.tree.map(jnp.zeros_like, mean))
     expected, _ = first_step(name)(mean, params)
     chex.assert_trees_all_close(clipped, expected, rtol=1e-5)
+
+
+# What Optax's `inject_hyperparams` can turn into state: the named clips by keyword.
+named: dict[str, tuple[Any, dict[str, Any]]] = {
+    "clip_by_value": (oc.clip_by_value, {"limit": 0.5}),
+    "clip_by_value_range": (oc.clip_by_value, {"limit": (-0.25, 0.5)}),
+    "clip_by_value_mapping": (
+        oc.clip_by_value,
+        {"limit": {"dense": 0.25, "**": 1.0}},
+    ),
+    "clip": (oc.clip, {"max_delta": 0.5}),
+    "clip_by_global_norm": (oc.clip_by_global_norm, {"max_norm": 1.0}),
+    "clip_by_leaf_norm": (oc.clip_by_leaf_norm, {"max_norm": 1.0}),
+    "clip_by_leaf_norm_mapping": (
+        oc.clip_by_leaf_norm,
+        {"max_norm": {"dense": 0.5, "**": 2.0}},
+    ),
+    "clip_by_group_norm": (oc.clip_by_group_norm, {"max_norm": 1.0}),
+    "clip_by_group_norm_labels": (
+        oc.clip_by_group_norm,
+        {"max_norm": 1.0, "labels": {"kernel": "weights", "**": "rest"}},
+    ),
+    "clip_by_block_rms": (oc.clip_by_block_rms, {"threshold": 0.5}),
+    "adaptive_grad_clip": (oc.adaptive_grad_clip, {"clipping": 0.25}),
+    "adaptive_grad_clip_excluding": (
+        oc.adaptive_grad_clip,
+        {"clipping": 0.25, "exclude": ("head",)},
+    ),
+    "clip_by_relative_step": (oc.clip_by_relative_step, {"relative": 0.25}),
+    "clip_by_trust_ratio": (oc.clip_by_trust_ratio, {"trust_coefficient": 0.25}),
+    "clippy": (oc.clippy, {}),
+    "clip_singular_values": (oc.clip_singular_values, {"max_value": 1.0}),
+    "clip_by_spectral_norm": (oc.clip_by_spectral_norm, {"max_norm": 1.0}),
+    "normalize_by_update_norm": (
+        oc.normalize_by_update_norm,
+        {"scale_factor": 1.0},
+    ),
+    "zclip": (oc.zclip, {"z_threshold": 2.5, "warmup_steps": 10, "max_norm": 1.0}),
+    "adagc": (oc.adagc, {"relative": 1.05, "warmup_steps": 10, "max_norm": 1.0}),
+    "k_sigma_clip": (oc.k_sigma_clip, {"num_std": 3.0, "decay": 0.9}),
+    "aggc": (oc.aggc, {"high": 1.5, "low": 0.5, "decay": 0.9}),
+    "stable_spam_clip": (oc.stable_spam_clip, {"mean_decay": 0.7, "max_decay": 0.9}),
+    "acclip": (oc.acclip, {"b1": 0.5, "b2": 0.75, "eps": 0.5}),
+    "spam_clip": (
+        oc.spam_clip,
+        {"threshold": 4.0, "decay": 0.5, "warmup_steps": 1, "reset_every": 3},
+    ),
+    "stable_adamw": (
+        oc.stable_adamw,
+        {"learning_rate": 0.5, "b1": 0.5, "b2": 0.75, "eps": 0.5, "weight_decay": 0.25},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", named)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import helpers
 from helpers import oc
 from stack_cases import MAKERS, STACKS, trees
 
@@ -36,6 +37,9 @@ MESHED = [
     "window",
     "value",
 ]
+
+
+SETTINGS = ("auto", "explicit", "shard_map", "shard_map_without_types")
 
 
 def put(mesh, tree):
@@ -82,10 +86,7 @@ def on_one_device(name) -> Any:
     return jax.jit(told.update)(first, state, params)
 
 
-@pytest.mark.parametrize("name", MESHED)
-@pytest.mark.parametrize(
-    "setting", ["auto", "explicit", "shard_map", "shard_map_without_types"]
-)
+@pytest.mark.parametrize(("name", "setting"), helpers.in_turn(MESHED, SETTINGS))
 def test_on_a_mesh_it_is_what_it_is_on_one_device(name, setting):
     _, (got, state) = two_steps(name, setting)
     expected, expected_state = on_one_device(name)

@@ -64,6 +64,8 @@ def plot_runs(ax, values, style: Mapping[str, Any], label: str | None = None):
 
 def mark_above(ax, x, style: Mapping[str, Any], label: str | None = "above the axis"):
     """Puts arrows to the upper edge, at the places where a value is above the axis."""
+    if np.size(x) == 0:
+        return
     place = {"transform": ax.get_xaxis_transform(), "clip_on": False}
     arrow = {"color": style["color"], "marker": "^", "linestyle": ""}
     ax.plot(x, np.full(np.shape(x), 0.97), label=label, **arrow, **place)

@@ -142,7 +142,7 @@ def plot_heat_map(figure: Figure, ax, thresholds, result: Sweep) -> None:
     ax.grid(False)
     # A network that predicts the mean has an MSE of 26269; bright is bad.
     image = ax.imshow(middle, norm=LogNorm(5, 3e4), cmap="viridis", origin="lower")
-    label = "median MSE on the test half (crossed out: NaN)"
+    label = "median MSE on the test half, less is better (cross: NaN)"
     figure.colorbar(image, ax=ax, label=label)
     for y, x in np.argwhere(np.isinf(middle)):
         ax.plot(x, y, "x", color="black", markersize=12)

@@ -178,11 +178,11 @@ def plot_learning_curves(names: list[str], history: History, data: Data) -> Figu
 
 
 PANELS = {
-    "global norm 1": "always below the norm",
+    "global norm 1": "below at every step",
     "global norm 600": "dead from step 300 on",
     "norm 1 per leaf": "four scopes",
-    "values within 0.5": "always below",
-    "relative step 0.03": "falls with t",
+    "values within 0.5": "below at every step",
+    "relative step 0.03": "falls with the step",
     "rate 0.0003": "no clip needed",
     WITH: "acts, then rests",
 }
@@ -207,7 +207,7 @@ def plot_gradient_norms(settings: Mapping[str, Setting], history: History) -> Fi
         ax.legend(loc="upper right", ncols=2)
     figure.suptitle(
         "What each clip saw before it clipped (median and quartiles of the runs):"
-        "\nonly the last one acts on large gradients alone"
+        "\nonly the last threshold is crossed, and the network learns"
     )
     return figure
 

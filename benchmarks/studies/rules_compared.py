@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _figures
 import _study
@@ -350,7 +350,8 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
     counts = [f"{held[x]} of {len(found[x])} with {x}" for x in OPTIMIZERS]
     figure.suptitle(
         f"{task}: a batch multiplied by 1000 at step 0, median and quartiles of the"
-        f" seeds\nThe loss stays within twice that before: {', '.join(counts)}"
+        " seeds\nRules with which the loss stays within twice that before:"
+        f" {', '.join(counts)}"
     )
     return figure
 
@@ -366,15 +367,9 @@ def main(arguments: Sequence[str] | None = None) -> Results:
     start = time.perf_counter()
     parser = _study.option_parser("Compares the clipping rules.", FULL, QUICK)
     for name, choices in ("tasks", TASKS), ("rules", RULES):
-        text, default = f"some of the {name}", list(choices)
-        parser.add_argument(
-            f"--{name}",
-            nargs="+",
-            choices=choices,
-            default=default,
-            help=text,
-            metavar="X",
-        )
+        how: dict[str, Any] = {"nargs": "+", "choices": choices, "metavar": "X"}
+        how |= {"default": list(choices), "help": f"some of the {name}"}
+        parser.add_argument(f"--{name}", **how)
     options = _study.parse_options(parser, arguments, QUICK)
     if options.steps < SHORTEST:
         parser.error(

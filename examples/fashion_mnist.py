@@ -29,7 +29,7 @@ EPOCHS = 3 if "--quick" in sys.argv else 20
 LEARNING_RATE = 1.0
 
 # Data: rows of pixels between 0 and 1, and which of ten classes they show.
-if DATA == "fashion":  # downloads 30 MB, once; the last 10 000 images are the test's
+if DATA == "fashion":  # downloaded once; the last 10 000 are for testing
     x, y = fetch_openml(
         "Fashion-MNIST", version=1, return_X_y=True, as_frame=False, parser="liac-arff"
     )

@@ -76,6 +76,6 @@ ax.semilogy(steps[~is_clipped], norms[~is_clipped], "C0.", label="passed as it i
 ax.semilogy(steps[is_clipped], norms[is_clipped], "kx", label="clipped to norm 1")
 ax.axhline(MAX_NORM, color="k", linestyle="--", label=f"max_norm = {MAX_NORM:g}")
 ax.set(xlabel="step", ylabel="gradient norm before the clip")
-ax.set_title("A missing value, read as -999, costs one clipped step, not the model")
+ax.set_title("A target of -999 makes a gradient too large by far: it is clipped")
 ax.legend()
 figure.savefig("nnx_training.png")

@@ -6,8 +6,8 @@ are those of PyTorch's old word_language_model. The clip acts on 1 step in 10 on
 without it a few large steps undo all the others.
 
 It prints the loss (nats per character, mean of the last 20 steps; a guess costs 4.6):
-    no clip       4.0
-    norm 0.25     1.7, clipped 10 % of the steps
+    no clip       4.0, clipped 0% of the steps
+    norm 0.25     1.7, clipped 10% of the steps
 Without a clip a rate of 10 ends at 2.1, and 5 at 2.0. The text is Python's own
 source code, so the last digits depend on its version; take any file you like.
 The figure, char_lm.png, shows the loss of both. 15 s on two CPU cores.

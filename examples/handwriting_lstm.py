@@ -104,7 +104,7 @@ for (name, losses), (style, width) in zip(losses_of.items(), styles, strict=True
         plt.plot(end, losses[end], "kx", markersize=10)
         plt.annotate("NaN from here", (end, losses[end]), (end + 2, losses[end]))
 plt.yscale("symlog", linthresh=4, linscale=2)
-plt.yticks([-2, 0, 2, 4, 10, 100, 1000])
+plt.yticks([-2, 0, 2, 4, 10, 100, 1000], [-2, 0, 2, 4, 10, 100, 1000])
 plt.title("Graves' ranges alone do not save the LSTM; with a clip by norm it learns")
 plt.xlabel("step")
 plt.ylabel("loss (nats per move; linear up to 4)")

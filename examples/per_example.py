@@ -3,14 +3,15 @@
 Once the network knows the digits, a wrong label is what still surprises it. So the
 wrong ones have the largest gradients of a batch, and their mean teaches the network to
 repeat the mistakes. `per_example_clipped_grad` takes the gradient of each example,
-clips it by itself, and only then averages. A clip of their mean can't tell them apart.
+clips it by itself, and only then averages.
 
 It prints the accuracy on 500 digits with right labels, at its best and at the end:
-    mean                  0.904 0.732
-    mean, then clipped    0.922 0.836
-    each clipped          0.934 0.926
-    median norms          0.79 12
-The last line is of the third run: the gradients of right and of wrong labels.
+    mean            0.904 0.732
+    each clipped    0.934 0.926
+    median norms    0.79 12
+The last line is of the second run: the gradients of right and of wrong labels. A clip
+of the mean can't tell them apart, but its short steps learn the mistakes late: by 0.03,
+the best norm of four, it ends at 0.90, against 0.92 and 0.74 (means of three seeds).
 The figure, per_example.png, shows the accuracy over the steps. 10 s on two CPU cores.
 """
 
@@ -53,11 +54,9 @@ def accuracy(params):
 
 
 # The training. A norm of inf clips nothing.
-def train(name, max_norm_of_each, max_norm_of_mean):
-    grad_fn = optaxclip.per_example_clipped_grad(loss_fn, max_norm_of_each)
-    optimizer = optax.chain(
-        optaxclip.clip_by_global_norm(max_norm_of_mean), optax.sgd(0.1, momentum=0.9)
-    )
+def train(name, max_norm, style):
+    grad_fn = optaxclip.per_example_clipped_grad(loss_fn, max_norm)
+    optimizer = optax.sgd(0.1, momentum=0.9)
     params = model.init(jax.random.key(0), x[:1])
     opt_state = optimizer.init(params)
 
@@ -73,21 +72,19 @@ def train(name, max_norm_of_each, max_norm_of_mean):
         params, opt_state = train_step(params, opt_state, x[rows], y[rows])
         if step % 20 == 0:
             accuracies.append(float(accuracy(params)))
-    print(f"{name:21} {max(accuracies):.3f} {accuracies[-1]:.3f}")
+    print(f"{name:15} {max(accuracies):.3f} {accuracies[-1]:.3f}")
     steps = np.arange(20, STEPS + 1, 20)
-    plt.plot(steps, accuracies, LINES[name], label=name, linewidth=2)
+    plt.plot(steps, accuracies, style, linewidth=2, label=name)
     _, seen = jax.jit(grad_fn)(params, x, y)
     return seen.norms  # one for each example
 
 
 # The runs, and the figure.
-LINES = {"mean": "C3:", "mean, then clipped": "C1--", "each clipped": "C0-"}
 plt.figure(figsize=(8, 4.5), layout="constrained")
-train("mean", jnp.inf, jnp.inf)
-train("mean, then clipped", jnp.inf, 0.3)
-norms = train("each clipped", 1.0, jnp.inf)
+train("mean", jnp.inf, "C3:")
+norms = train("each clipped", 1.0, "C0-")
 medians = np.median(norms[~wrong]), np.median(norms[wrong])
-print("median norms          {:.2g} {:.2g}".format(*medians))
+print("median norms    {:.2g} {:.2g}".format(*medians))
 
 plt.title("Clipped one by one, the 40 % wrong labels are not learned")
 plt.xlabel("step")

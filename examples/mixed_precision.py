@@ -7,9 +7,9 @@ true units. Where the scale is too high, gradients overflow: the guard skips the
 and the scale is halved. Draws mixed_precision.png, and prints (the targets' standard
 deviation is 5.05 mm):
 
-    float32             error 0.35 mm, 0 steps skipped
-    float16             error 3.09 mm, 0 steps skipped
-    float16 and a scale error 0.35 mm, 6 steps skipped
+    float32              error 0.35 mm, 0 steps skipped
+    float16              error 3.09 mm, 0 steps skipped
+    float16 and a scale  error 0.35 mm, 6 steps skipped
 """
 
 import sys
@@ -65,7 +65,7 @@ def train(name, dtype, scale):
         if stats["guard/consecutive_count"] > 0:  # this step was skipped
             scale /= 2  # in a long run, double it again after a thousand good steps
     error, skipped = 1000 * np.sqrt(losses[-1]), stats["guard/skipped_count"]
-    print(f"{name:19} error {error:.2f} mm, {skipped} steps skipped")
+    print(f"{name:20} error {error:.2f} mm, {skipped} steps skipped")
     return losses
 
 

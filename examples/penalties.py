@@ -1,7 +1,7 @@
 """L1 and L2 penalties do not prevent an exploding loss. A clip does.
 
-Often advised against exploding gradients, they pull the weights towards zero, but a step
-that is too large stays too large: with unscaled targets all is lost within ten steps.
+Often advised against exploding gradients, they pull the weights towards zero, but a
+step that is too large stays too large: with unscaled targets all is lost within ten.
 
 It prints the mean squared error on held-out rows (that of a constant is 26 000):
     no clip                 nan

@@ -1,4 +1,4 @@
-"""The lessons on sequences, examples, rules and meshes show what they say they do."""
+"""The lessons run as a user runs them, and show what their docstrings say."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,57 @@ def numbers(printed: str, label: str) -> list[float]:
     return [float(found) for found in re.findall(number, line[1])]
 
 
+def test_mlp_regression_is_nan_without_a_clip_and_fits_with_one(tmp_path):
+    printed = run("mlp_regression", tmp_path)
+    assert np.isnan(numbers(printed, "no clip")).all()
+    for clip in "clipnorm 1", "clipvalue 5":
+        assert max(numbers(printed, clip)) < 100  # from 20 000
+
+
+@pytest.mark.thorough
+def test_fashion_mnist_guesses_without_a_clip_and_learns_with_one(tmp_path):
+    printed = run("fashion_mnist", tmp_path)
+    largest, guessed = numbers(printed, "no clip")
+    usual, accuracy = numbers(printed, "global norm 0.1")
+    assert largest > 1000 and usual < 10
+    assert guessed < 25 and accuracy > 85
+
+
+@pytest.mark.thorough
+def test_nnx_training_survives_missing_values_by_its_clip(tmp_path):
+    printed = run("nnx_training", tmp_path)
+    without, never = numbers(printed, "no clip")
+    error, clipped = numbers(printed, "global norm 1.0")
+    assert without > 0.5 and never == 0
+    assert error < 0.2 and 0 < clipped < 50
+
+
+@pytest.mark.thorough
+def test_bad_batches_are_skipped_by_the_guard_for_their_kind(tmp_path):
+    printed = run("bad_batches", tmp_path)
+    assert np.isnan(numbers(printed, "no guard")[0])
+    loss, accuracy = numbers(printed, "skip_if_nonfinite")
+    assert loss > 1 and accuracy < 50
+    loss, accuracy = numbers(printed, "and skip_if_spike")
+    assert loss < 0.6 and accuracy > 85
+    found = re.search(r"Of (\d+) batches with a NaN (\d+) were", printed)
+    assert found and found[1] == found[2] != "0"
+    found = re.search(r"Of (\d+) batches times 1000 (\d+) were", printed)
+    assert found and 0 < int(found[2]) <= int(found[1])
+
+
+@pytest.mark.thorough
+def test_mixed_precision_needs_a_scale_to_train_as_float32_does(tmp_path):
+    printed = run("mixed_precision", tmp_path, "--quick")
+    exact, *skipped = numbers(printed, "float32")
+    assert skipped == [0]
+    unscaled, *skipped = numbers(printed, "float16")
+    assert skipped == [0] and unscaled > 1.3 * exact
+    scaled, skipped = numbers(printed, "float16 and a scale")
+    assert 0 < skipped < 20 and abs(scaled / exact - 1) < 0.2
+
+
+@pytest.mark.thorough
 def test_handwriting_is_lost_without_the_clip_by_norm_and_learned_with_it(tmp_path):
     printed = run("handwriting_lstm", tmp_path, "--quick")
     [unclipped] = numbers(printed, "no clip")
@@ -53,6 +105,7 @@ def test_handwriting_is_lost_without_the_clip_by_norm_and_learned_with_it(tmp_pa
     assert clipped < 0  # untrained it is 2
 
 
+@pytest.mark.thorough
 def test_the_character_model_learns_at_a_rate_that_needs_the_clip(tmp_path):
     printed = run("char_lm", tmp_path, "--quick")
     unclipped, never = numbers(printed, "no clip")
@@ -61,6 +114,7 @@ def test_the_character_model_learns_at_a_rate_that_needs_the_clip(tmp_path):
     assert never == 0 and 1 <= share <= 40  # percent
 
 
+@pytest.mark.thorough
 def test_clips_of_single_examples_keep_wrong_labels_from_being_learned(tmp_path):
     printed = run("per_example", tmp_path)
     best_of_mean, mean = numbers(printed, "mean")
@@ -71,6 +125,7 @@ def test_clips_of_single_examples_keep_wrong_labels_from_being_learned(tmp_path)
     assert wrong > 5 * right
 
 
+@pytest.mark.thorough
 def test_the_norm_is_that_of_the_whole_gradient_under_jit_and_in_shard_map(tmp_path):
     printed = run("sharded_training", tmp_path)
     [under_jit] = numbers(printed, "jit")
@@ -83,6 +138,7 @@ def test_the_norm_is_that_of_the_whole_gradient_under_jit_and_in_shard_map(tmp_p
     assert under_jit < np.linalg.norm(local) < 1.5 * under_jit
 
 
+@pytest.mark.thorough
 def test_the_rule_of_ones_own_holds_bad_batches_down(tmp_path):
     printed = run("own_rule", tmp_path)
     [unclipped] = numbers(printed, "no clip")
@@ -91,6 +147,7 @@ def test_the_rule_of_ones_own_holds_bad_batches_down(tmp_path):
     assert ruled < 0.02 and ruled < fixed < 0.1 and unclipped > 1
 
 
+@pytest.mark.thorough
 def test_penalties_do_not_prevent_what_the_clip_prevents(tmp_path):
     printed = run("penalties", tmp_path)
     assert np.isnan(numbers(printed, "no clip")).all()

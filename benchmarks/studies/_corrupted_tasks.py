@@ -55,6 +55,7 @@ class Task(NamedTuple):
     score: Callable[..., jax.Array]  # params, x, y -> the loss to report, above zero
     scale: tuple[float, float]  # by which a scaled batch multiplies x and y
     norm: float  # of a usual gradient, around which thresholds are tried
+    unit: str  # of the score
 
 
 class Network(nn.Module):
@@ -90,6 +91,7 @@ def digits() -> Task:
         score=loss,
         scale=(1000.0, 1.0),
         norm=1.0,
+        unit="cross-entropy, nats",
     )
 
 
@@ -113,6 +115,7 @@ def regression() -> Task:
         score=loss,
         scale=(1.0, 1000.0),
         norm=100.0,
+        unit="mean squared error",
     )
 
 
@@ -171,6 +174,7 @@ def handwriting(steps: int = 40, hidden: int = 24) -> Task:
         score=lambda *arguments: jnp.exp(loss(*arguments) / steps),
         scale=(1000.0, 1000.0),
         norm=300.0,
+        unit="perplexity per time step",
     )
 
 

@@ -342,7 +342,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
                 note = {"color": style["color"], "fontsize": "x-small", "clip_on": True}
                 ax.text(0.05, place_y, text, transform=ax.transAxes, **note)
     axes[0, 0].set(yscale="log", ylim=(lowest / 1.5, top))
-    figure.supylabel("test loss")
+    figure.supylabel(f"test loss, {TASKS[task]().unit}", fontsize="medium")
     for ax in axes.flat[max(0, len(names) - columns) : len(names)]:  # none below it
         ax.set_xlabel("step after the fault")
         ax.tick_params(labelbottom=True)

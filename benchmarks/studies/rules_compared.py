@@ -320,7 +320,8 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
     figure, axes = _figures.new_figure(rows, columns, size, sharex=True, sharey=True)
     place = np.flatnonzero(faults == SCALED)[0]
     steps = np.arange(place - BEFORE, min(place + AFTER, faults.size))
-    top = 3 * np.median(found[OPTIMIZERS[0]][TUNED].start)
+    start = np.median(found[OPTIMIZERS[0]][TUNED].start)
+    top = 3 * start
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     held, lowest = dict.fromkeys(OPTIMIZERS, 0), top
@@ -333,7 +334,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
             _figures.plot_band(ax, steps - place, score, style, optimizer)
             middle = _study.median(score)
             lowest = min(lowest, middle.min())
-            held[optimizer] += spike(middle) <= HELD
+            held[optimizer] += spike(middle) <= HELD and middle[-1] < start
             above = np.isfinite(middle) & (middle > top)
             _figures.mark_above(ax, steps[above] - place, style, "above the axis")
             if not np.isfinite(middle[-1]):
@@ -350,7 +351,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
     counts = [f"{held[x]} of {len(found[x])} with {x}" for x in OPTIMIZERS]
     figure.suptitle(
         f"{task}: a batch multiplied by 1000 at step 0, median and quartiles of the"
-        " seeds\nRules with which the loss stays within twice that before:"
+        " seeds\nRules that keep it below its start and within twice that before:"
         f" {', '.join(counts)}"
     )
     return figure

@@ -351,7 +351,7 @@ def plot_spike(task: str, results: Results, faults: np.ndarray) -> Figure:
     counts = [f"{held[x]} of {len(found[x])} with {x}" for x in OPTIMIZERS]
     figure.suptitle(
         f"{task}: a batch multiplied by 1000 at step 0, median and quartiles of the"
-        " seeds\nRules that keep it below its start and within twice that before:"
+        " seeds\nRules that keep the loss below its start and within twice that before:"
         f" {', '.join(counts)}"
     )
     return figure

@@ -103,8 +103,10 @@ for (name, losses), (style, width) in zip(losses_of.items(), styles, strict=True
     if end < STEPS - 1:
         plt.plot(end, losses[end], "kx", markersize=10)
         plt.annotate("NaN from here", (end, losses[end]), (end + 2, losses[end]))
-plt.yscale("symlog", linthresh=4, linscale=2)
-plt.yticks([-2, 0, 2, 4, 10, 100, 1000], [-2, 0, 2, 4, 10, 100, 1000])
+plt.yscale("symlog", linthresh=4, linscale=3)
+decades = 10.0 ** np.arange(1, 38, 2)
+ticks = [-2, 0, 2, *decades[decades < plt.ylim()[1]]]
+plt.yticks(ticks, [f"{tick:g}" for tick in ticks])
 plt.title("Graves' ranges alone do not save the LSTM; with a clip by norm it learns")
 plt.xlabel("step")
 plt.ylabel("loss (nats per move; linear up to 4)")

@@ -244,13 +244,13 @@ def train(
 
 def print_table(names: Sequence[str], histories: dict[int, History]) -> None:
     """Prints one line per length of the chunks and setting."""
-    heads = ["chunk", "setting", f"held out, nats/char\n{_study.QUARTILES}"]
+    heads = ["chunk, setting", f"held out, nats/char\n{_study.QUARTILES}"]
     heads += [f"runs > {BROKEN:g}\nor NaN", "norm\nmedian", "norm\nlargest"]
     rows = []
     for chunk, history in histories.items():
         for i, name in enumerate(names):
             lost = ~(history.held_out[i] <= BROKEN)
-            row = [chunk, name, _study.three_quartiles(history.held_out[i])]
+            row = [f"{chunk:5}, {name}", _study.three_quartiles(history.held_out[i])]
             row += [f"{lost.mean():.0%}", f"{np.median(history.norm[i]):.2g}"]
             row += [f"{history.norm[i].max():.2g}", f"{history.clipped[i].mean():.0%}"]
             rows.append(row)
@@ -269,32 +269,36 @@ def plot_runs(
         for style, name, norms, losses in zip(
             STYLES, names, history.norm, history.loss, strict=False
         ):
-            _figures.plot_runs(top, norms, style, name)
-            _figures.plot_band(bottom, steps, losses, style)
-            above = ~(_study.median(losses) <= TOP)
-            _figures.mark_above(bottom, steps[above], style, None)
+            thin = {**style, "linewidth": 1.2}
+            _figures.plot_runs(top, norms, thin, name)
+            _figures.plot_band(bottom, steps, losses, thin)
+        last = _study.short(_study.median(history.loss[0])[-1])
+        bottom.set_title(f"{names[0]}: above the axis, {last} nats in the end")
         top.axhline(MAX_NORM, label=f"the threshold {MAX_NORM:g}", **LIMIT)
         top.set(yscale="log", title=f"chunks of {chunk} characters")
         bottom.axhline(math.log(characters), label="guessing", **GUESS)
         bottom.set(xscale="log", xlabel="step (log scale)", ylim=(1.4, TOP))
     axes[0, 0].set_ylabel("norm of the gradient, before the clip\n(a line per seed)")
     axes[1, 0].set_ylabel(
-        "loss of the chunk, nats per character\n"
-        "(median and quartiles; arrows: above the axis)"
+        "loss of the chunk, nats per character\n(median and quartiles)"
     )
-    figure.suptitle("Without a clip steps and gradients blow up; each remedy learns")
-    _figures.legend_below(figure, axes[:, 0], columns=3)
+    figure.suptitle(
+        "Without a clip every run is lost, and with long chunks its gradient explodes;"
+        " with each of the remedies it learns"
+    )
+    _figures.legend_below(figure, list(axes[:, 0]), columns=3)
     return figure
 
 
 def read_text(parser, options) -> Text:
     """Reads the text that the options name, and says where it is too short."""
+    text = ""
     try:
-        text = standard_library()
         if options.text:
             text = options.text.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         parser.error(f"argument --text: expected a file to read: {error}")
+    text = text if options.text else standard_library()
     needed = max(1000, 2 * STREAMS * max(options.chunk))
     if len(text) < needed:
         parser.error(

@@ -43,7 +43,7 @@ import xml.etree.ElementTree
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _figures
 import _study
@@ -113,8 +113,7 @@ def draw_pens(generator: np.random.Generator, count: int) -> np.ndarray:
     x = np.sin(w1 * t + a) + 0.5 * np.sign(np.sin(w2 * t + b))
     y = np.cos(w1 * t + a)
     offsets = np.diff(np.stack([x, y], axis=-1), axis=1)
-    noise = 0.01 * generator.standard_normal(offsets.shape)
-    return np.asarray(offsets + noise, np.float32)
+    return np.asarray(generator.normal(offsets, 0.01), np.float32)
 
 
 def load_strokes(path: Path) -> list[np.ndarray]:
@@ -217,7 +216,7 @@ def make_optimizer(setting: Setting) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def graves_ranges(setting: Setting) -> dict[str, jax.Array]:
+def graves_ranges(setting: Setting) -> dict[str, Any]:
     """Names the layers whose outputs' cotangents are clipped.
 
     The eight dense layers of the cell are the pre-activations of its gates. Graves
@@ -234,7 +233,7 @@ def init_params(seed):
     Not under `vmap`: the QR decompositions of many orthogonal matrices at once can
     block each other for ever on two cores (jaxlib 0.10).
     """
-    variables = Writer().init(jax.random.key(seed), jnp.zeros((1, TIME_STEPS, 2)))
+    variables: Any = Writer().init(jax.random.key(seed), jnp.zeros((1, TIME_STEPS, 2)))
     params = variables["params"]
     params["cell"]["hf"]["bias"] += 1.0  # so that it remembers at first
     return params

@@ -35,7 +35,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _figures
 import _study
@@ -167,7 +167,7 @@ def spoil(fault, x, y):
 
 def mean_loss(params, x, y):
     """Measures the mean cross-entropy; labels that do not exist make it NaN."""
-    scores = Network().apply({"params": params}, x)
+    scores: Any = Network().apply({"params": params}, x)
     return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean()
 
 
@@ -214,7 +214,7 @@ def train_steps(setting: str, run, rows, faults, data: Data):
 @partial(jax.vmap, in_axes=(0, None))
 def evaluate(params, data: Data):
     """Measures the share of the test digits that get the highest score."""
-    scores = Network().apply({"params": params}, data.test_x)
+    scores: Any = Network().apply({"params": params}, data.test_x)
     # A NaN would count as the highest score.
     right = (scores.argmax(axis=-1) == data.test_y) & jnp.isfinite(scores).all(axis=-1)
     return right.mean()

@@ -8,6 +8,8 @@ import pytest
 
 import optaxclip
 
+pytestmark = pytest.mark.thorough
+
 NAMED = "clip_by_leaf_norm=0.1"
 
 

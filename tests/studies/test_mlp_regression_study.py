@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 FIGURES = ("target", "learning_curves", "gradient_norms", "loss_to_nan")
 
 

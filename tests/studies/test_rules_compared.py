@@ -11,6 +11,8 @@ import pytest
 
 import optaxclip
 
+pytestmark = pytest.mark.thorough
+
 TUNED = "clip_by_global_norm"
 
 

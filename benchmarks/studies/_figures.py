@@ -14,7 +14,7 @@ PARAMS: Any = {
     "axes.titlesize": "medium",
     "figure.titlesize": "large",
     "grid.alpha": 0.3,
-    "legend.fontsize": "small",
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "savefig.dpi": 120,

@@ -7,8 +7,8 @@ it can explode, the further the longer the chunk. SGD with a learning rate of 20
 too large, leads there; two clips and a smaller rate are the remedies compared.
 
 Run:
-    python benchmarks/studies/char_lstm.py          # 60 to 80 s on two cores
-    python benchmarks/studies/char_lstm.py --quick  # 10 s, mostly compiling
+    python benchmarks/studies/char_lstm.py          # 1 to 2 minutes
+    python benchmarks/studies/char_lstm.py --quick  # 20 s, mostly compiling
     python benchmarks/studies/char_lstm.py --text book.txt --chunk 50 200
 
 Expected (nats per character on held-out text, medians of 3 seeds, Python 3.13's sources
@@ -22,9 +22,10 @@ Both clips act at every step, for the norm of a quiet gradient is 0.1 to 0.2: he
 threshold sets the size of the steps, together with the learning rate.
 
 The typical gradient does not grow with the chunk, the rare large one does. Without a
-clip it came as norms of up to 2e3, 1e2, 2e21 with these lengths and seeds. (Runs
-without such a spike are lost as well: all their steps are too large.) Which run
-explodes how far hangs on rounding, so another machine has other digits.
+clip it came as norms of up to 2e3, 1e2, 2e21 with these lengths and seeds, and of 1e3,
+5e10 and infinity with `--seeds 24 --steps 15`. (Runs without such a spike are lost as
+well: all their steps are too large.) Which run explodes how far hangs on rounding, so
+another machine has other digits.
 One figure is written: the norms of the gradients, and the learning curves.
 """
 

@@ -16,7 +16,7 @@ throws the weights away. Five settings are compared over 100 time steps:
     small learning rate  1e-5, the best one without a clip
 
 Run:
-    python benchmarks/studies/lstm_handwriting.py  # 16 seeds, half a minute
+    python benchmarks/studies/lstm_handwriting.py  # 16 seeds, under a minute
     python benchmarks/studies/lstm_handwriting.py --quick  # 2 seeds, 40 steps
     python benchmarks/studies/lstm_handwriting.py --strokes lineStrokes  # real pens
 

@@ -7,7 +7,7 @@ SGD with momentum, meets them all, within one guard after the other.
 Run:
     python benchmarks/studies/survive_bad_batches.py          # 20 to 30 s on two cores
     python benchmarks/studies/survive_bad_batches.py --seeds 64 --steps 1000
-    python benchmarks/studies/survive_bad_batches.py --quick  # 15 s, mostly compiling
+    python benchmarks/studies/survive_bad_batches.py --quick  # 20 s, mostly compiling
 
 Expected (16 seeds; accuracy on held-out digits after 600 steps, medians):
     neither clip nor guard   dead at step 300, by one pixel that is NaN; the pixels x

@@ -33,7 +33,7 @@ def strokes(tmp_path):
 def test_the_quick_mode_blows_up_without_a_clip_and_learns_with_one(
     handwriting, run_study
 ):
-    history, printed, folder = run_study("lstm_handwriting", "--quick", "--steps", "25")
+    history, printed, folder = run_study("lstm_handwriting", "--quick", "--steps", "20")
     assert handwriting.blown_up(history.final[0]).all()
     assert not handwriting.blown_up(history.final[1:]).any()
     assert (history.final[1:4] < history.final[4]).all()  # the small learning rate

@@ -1,7 +1,7 @@
 """Trees of updates, their bits, types and tolerances: what every test needs."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,11 @@ def in_turn(*columns: Sequence[Any]) -> list[Any]:
     first = {tuple(x[(i + i // len(x)) % len(x)] for x in columns) for i in rows}
     every = itertools.product(*columns)
     return [row if row in first else thorough(*row) for row in every]
+
+
+def all_but(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+    """The values, of which all but the chosen are thorough."""
+    return [value if value in chosen else thorough(value) for value in values]
 
 
 def thorough(*values: Any) -> Any:

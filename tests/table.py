@@ -1,7 +1,7 @@
 """The table of all clips, each with its reference: a new clip is a row here."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import Clip, Tree, oc, random_tree, run, thorough, three_steps
+from helpers import Clip, Tree, all_but, oc, random_tree, run, three_steps
 from in_numpy import (
     acclip_step,
     adam_step,
@@ -330,12 +330,7 @@ def every_clip(exempt: Mapping[str, str] | None = None):
     unknown = set(exempt) - set(clips)
     assert not unknown, f"exempt, but not in the table: {unknown}"
     names = [name for name in clips if name not in exempt]
-    return pytest.mark.parametrize("name", by_kind(names))
-
-
-def by_kind(names: Sequence[str]) -> list[Any]:
-    """Marks all but one row of each kind as thorough."""
-    return [name if name in KINDS else thorough(name) for name in names]
+    return pytest.mark.parametrize("name", all_but(names, KINDS))
 
 
 # Every compiled clip costs about half a second, so the tests share them.

@@ -77,9 +77,11 @@ def failures(test) -> list[str]:
     return [text for _, text in result.failures + result.errors]
 
 
-@pytest.mark.parametrize(
-    "test", unittest.defaultTestLoader.getTestCaseNames(optaxs_tests())
-)
+OPTAXS = unittest.defaultTestLoader.getTestCaseNames(optaxs_tests())
+LONG = "test_adaptive_grad_clip"
+
+
+@pytest.mark.parametrize("test", helpers.all_but(OPTAXS, {*OPTAXS} - {LONG}))
 def test_optaxs_own_test_passes_with_our_functions_in_place(test, monkeypatch):
     with monkeypatch.context() as patch:
         replace_optaxs(patch)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import helpers
 from helpers import oc
 from matrix_cases import RULES, assert_is, compiled, every_rule, some_updates, with_gap
 from optaxclip._clips import spectra as _spectra
@@ -105,8 +106,9 @@ def on_one_device(name, stack):
 
 
 @every_rule
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize(
+    ("stack", "check_vma"), helpers.in_turn([*STACKS], [True, False])
+)
 def test_a_stack_may_be_split_between_its_matrices(name, stack, check_vma):
     steps, *expected = on_one_device(name, stack)
     found, state = split_between_matrices(name, stack, check_vma, steps)

@@ -157,7 +157,8 @@ EVERY = [(*pair, name) for pair in RIGHT for name in FACTORS if pair[0] not in O
 EVERY += [row for row in IN_TURN if row[0] in ORDERS]
 
 COLUMNS = ("norm", "threshold", "factor")
-every_combination = pytest.mark.parametrize(COLUMNS, EVERY)
+MARKED = [row if row in IN_TURN else helpers.thorough(*row) for row in EVERY]
+every_combination = pytest.mark.parametrize(COLUMNS, MARKED)
 every_pair = pytest.mark.parametrize(COLUMNS, IN_TURN)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import helpers
 from helpers import oc
 from networks import (
     BATCH,
@@ -129,8 +130,9 @@ def test_a_function_that_calls_no_layer_raises(x):
         oc.clip_layer_cotangents(bad, {"head": 1.0})
 
 
-@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint], ids=["jit", "remat"])
-@pytest.mark.parametrize("free_first", [True, False])
+@pytest.mark.parametrize(
+    ("wrap", "free_first"), helpers.in_turn([jax.jit, jax.checkpoint], [True, False])
+)
 def test_no_cache_of_traces_remembers_a_clip_or_its_absence(
     params, x, wrap, free_first
 ):

@@ -31,7 +31,11 @@ def run(commands, folder, timeout):
     Raises:
       AssertionError: with what was written by those that failed, or by all.
     """
-    environment = os.environ | {"XLA_FLAGS": ""}  # devices are the script's business
+    paths = str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "XLA_FLAGS": "",  # devices are the script's business
+    }
     logs = [folder / f"process_{number}.log" for number in range(len(commands))]
     with contextlib.ExitStack() as stack:
         processes = []

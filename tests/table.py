@@ -310,10 +310,10 @@ references = {name: row.reference for name, row in TABLE.items()}
 # One of each kind: each norm, factor, memory and kind of threshold is in one of them.
 # The others repeat their parts in other combinations: these tests are `thorough`.
 KINDS = (
-    *("value", "value_mapping", "global_norm", "global_norm_schedule", "soften"),
+    *("value", "global_norm", "global_norm_schedule", "soften"),
     *("leaf_norm", "user_norm", "group_norm_mapping", "block_rms", "agc", "clippy"),
-    *("singular_values", "spectral_norm", "lagged_leaf", "zclip", "mapping_of_rules"),
-    *("acclip", "spam", "stable_spam_clip", "stable_adamw", "u_clip"),
+    *("singular_values", "spectral_norm", "zclip", "mapping_of_rules"),
+    *("acclip", "spam", "stable_adamw", "u_clip"),
 )
 assert set(KINDS) <= set(clips)
 

@@ -1,6 +1,7 @@
 """Clips of matrices that are spread over devices, and what they refuse."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -98,6 +99,13 @@ def split_between_matrices(name, stack, check_vma, steps, is_inside=True):
     return jax.jit(mapped)(steps, clip.init(steps[0]))
 
 
+SOME = ("two axes", True), ("two dimensions", False)
+SPLIT = [
+    pair if pair in SOME else helpers.thorough(*pair)
+    for pair in itertools.product(STACKS, [True, False])
+]
+
+
 @functools.cache
 def on_one_device(name, stack):
     steps, clip = list(steps_of_stacks(STACKS[stack][0])), RULES[name][0](0.5)
@@ -106,9 +114,7 @@ def on_one_device(name, stack):
 
 
 @every_rule
-@pytest.mark.parametrize(
-    ("stack", "check_vma"), helpers.in_turn([*STACKS], [True, False])
-)
+@pytest.mark.parametrize(("stack", "check_vma"), SPLIT)
 def test_a_stack_may_be_split_between_its_matrices(name, stack, check_vma):
     steps, *expected = on_one_device(name, stack)
     found, state = split_between_matrices(name, stack, check_vma, steps)

@@ -196,7 +196,7 @@ named: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", named)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", helpers.thorough("bfloat16")])
 def test_inject_hyperparams_needs_no_static_args(name, dtype):
     factory, arguments = named[name]
     updates, params = helpers.updates_and_params(dtype)

@@ -43,7 +43,7 @@ def stepper(name):
 
 
 @every_clip()
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("compiled", [helpers.thorough(False), True])
 def test_neither_an_infinity_nor_a_nan_is_made_on_the_way(name, compiled):
     clip = clips[name]()
     updates, params = helpers.updates_and_params()

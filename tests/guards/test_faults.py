@@ -248,6 +248,7 @@ def train_from_last_checkpoint(folder: Path, steps: int, dies_at: int | None = N
     return first, carry
 
 
+@pytest.mark.thorough
 def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path):
     steps = (
         800  # with the burst, after which histories differ from those of a fresh run
@@ -284,6 +285,7 @@ def on_mesh(shape: tuple[int, int], carry, optimizer):
     )
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_on_a_mesh_of_another_shape(tmp_path):
     batches, optimizer = make_batches(KINDS["skip_if_spike"]), resumable_optimizer()
     half, steps = BURST.start + 10, BURST.stop + 80  # in the midst of the burst

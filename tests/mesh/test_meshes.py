@@ -1,6 +1,7 @@
 """One meaning on every mesh: what a clip owes where leaves are spread over devices."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -14,7 +15,7 @@ import helpers
 import table
 from helpers import oc
 from layouts import LAYOUTS, SCALES, case, grid
-from table import every_clip
+from table import KINDS, clips, every_clip
 
 UNITS = ("unit_norm", "agc", "agc_excluding")  # their splits types can't tell
 MATRICES = ("singular_values", "spectral_norm")  # of whole leaves: see test_matrices
@@ -113,8 +114,14 @@ def check(name, setting, layout):
 BLIND = {"user_norm": "no type says whether a norm of one's own sums over devices"}
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:3])
-@every_clip()
+PAIRS = list(itertools.product(clips, SETTINGS[:3]))
+IN_TURN = set(zip(KINDS, itertools.cycle(SETTINGS[:3]), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [pair if pair in IN_TURN else helpers.thorough(*pair) for pair in PAIRS],
+)
 def test_a_sharded_update_is_clipped_as_on_one_device(name, setting):
     check(name, setting, "mixed")
 
@@ -124,18 +131,20 @@ def test_specs_stand_in_for_types(name):
     check(name, "shard_map_without_types", "mixed")
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+SOME = [
+    ("global_norm", "shard_map"),
+    ("global_norm", "shard_map_without_types"),
+    ("layer_norm", "shard_map"),
+    ("block_rms", "shard_map_without_types"),
+    ("agc", "shard_map"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "setting"),
-    [
-        ("global_norm", "shard_map"),
-        ("global_norm", "shard_map_without_types"),
-        ("layer_norm", "shard_map"),
-        ("block_rms", "shard_map_without_types"),
-        ("agc", "shard_map"),
-    ],
+    ("some", "layout"), helpers.in_turn(SOME, list(LAYOUTS)[1:]), ids=str
 )
-def test_every_layout(name, setting, layout):
+def test_every_layout(some, layout):
+    name, setting = some
     check(name, setting, layout)
 
 

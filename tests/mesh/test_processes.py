@@ -84,6 +84,7 @@ def copies(reports):
     return found
 
 
+@pytest.mark.thorough
 def test_two_processes_clip_as_one_device(tmp_path):
     files = [tmp_path / f"{number}.json" for number in range(two_processes.PROCESSES)]
     script = [sys.executable, str(SCRIPT), free_address()]

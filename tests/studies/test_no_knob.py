@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import _results
 
+pytestmark = pytest.mark.thorough
+
 STUDIES = pathlib.Path(__file__).parents[2] / "benchmarks" / "studies"
 JAX = "0.10."  # the version that those figures were made with
 OURS = "by optimizer, 3 %"

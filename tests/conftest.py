@@ -43,23 +43,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# Their tests share a run of an example, which takes as long as a hundred other tests.
-# The first tests go to one worker in one piece, so that it runs once.
-WHOLE_RUNS = (
-    "char_lstm",
-    "image_classifier",
-    "lstm_handwriting",
-    "processes",
-    "rules_compared",
-    "sharded_transformer",
-    "survive",
-)
+def is_whole_run(path):
+    """Whether the tests share a run, which takes as long as a hundred other tests.
+
+    The first tests go to one worker in one piece, so that it runs once.
+    """
+    return path.parent.name == "studies" or path.stem == "test_processes"
 
 
 def pytest_collection_modifyitems(items):
     """Tests of one clip and dtype follow each other: they share compiled steps."""
     modules = list(dict.fromkeys(item.path for item in items))
-    modules.sort(key=lambda path: not any(run in path.name for run in WHOLE_RUNS))
+    modules.sort(key=lambda path: not is_whole_run(path))
 
     def order(item):
         params = getattr(item, "callspec", None)

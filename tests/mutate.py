@@ -248,7 +248,7 @@ def run(arguments: list[str], copy: Path, log: Path) -> str:
                 os.dup2(out, stream)
             os.chdir(copy)
             sys.path[:0] = [str(copy)]
-            options = ["-x", "-q", "-p", "no:cacheprovider", *arguments]
+            options = ["-x", "-q", "-m", "", "-p", "no:cacheprovider", *arguments]
             status = int(importlib.import_module("pytest").main(options))
         except BaseException:
             traceback.print_exc()

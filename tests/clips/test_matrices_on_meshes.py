@@ -99,9 +99,8 @@ def split_between_matrices(name, stack, check_vma, steps, is_inside=True):
     return jax.jit(mapped)(steps, clip.init(steps[0]))
 
 
-SOME = ("two axes", True), ("two dimensions", False)
 SPLIT = [
-    pair if pair in SOME else helpers.thorough(*pair)
+    pair if pair == ("two axes", True) else helpers.thorough(*pair)
     for pair in itertools.product(STACKS, [True, False])
 ]
 

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("one_device.py")
 TIMEOUT = 900  # seconds; it needs 60 on one core
 
 
+@pytest.mark.thorough
 def test_the_contract_holds_on_one_device():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
     done = subprocess.run(
         [*command, str(SCRIPT)],
         cwd=SCRIPT.parents[2],

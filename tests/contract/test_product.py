@@ -157,7 +157,8 @@ EVERY = [(*pair, name) for pair in RIGHT for name in FACTORS if pair[0] not in O
 EVERY += [row for row in IN_TURN if row[0] in ORDERS]
 
 COLUMNS = ("norm", "threshold", "factor")
-MARKED = [row if row in IN_TURN else helpers.thorough(*row) for row in EVERY]
+CHOSEN = IN_TURN[::2]  # of each norm every second threshold
+MARKED = [row if row in CHOSEN else helpers.thorough(*row) for row in EVERY]
 every_combination = pytest.mark.parametrize(COLUMNS, MARKED)
 every_pair = pytest.mark.parametrize(COLUMNS, IN_TURN)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("strict_shapes")
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, helpers.thorough(1)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_norm_of_hundreds_of_leaves_is_exact_in_any_order(dtype, seed):
     sizes = np.random.default_rng(seed).permutation([1] * 200 + [50] * 100 + [30_000])
@@ -167,6 +167,7 @@ def clip_cotangents(cotangents, limit):
     return jnp.concatenate(by_norm), jnp.concatenate(by_value), stats.norms
 
 
+@pytest.mark.thorough
 @hypothesis.given(flat_updates(), ratios)
 def test_property_a_cotangent_is_clipped_like_an_update(case, ratio):
     _, values = case

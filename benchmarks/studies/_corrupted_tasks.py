@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _task_parts import Data
 from sklearn.datasets import load_digits, make_regression
 
 GOOD, SHUFFLED, SCALED, NAN = range(4)  # what a batch is like
@@ -33,15 +34,6 @@ def spoil(fault, x, y, scale: tuple[float, float]):
     x = jnp.where(fault == SCALED, scale[0] * x, x)
     y = jnp.where(fault == SCALED, (scale[1] * y).astype(y.dtype), y)
     return jnp.where(fault == NAN, jnp.nan, x), y
-
-
-class Data(NamedTuple):
-    """Rows to train on, and rows that are never corrupted to measure the loss on."""
-
-    x: np.ndarray
-    y: np.ndarray
-    test_x: np.ndarray
-    test_y: np.ndarray
 
 
 class Task(NamedTuple):

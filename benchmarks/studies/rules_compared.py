@@ -49,8 +49,9 @@ import _study
 import jax
 import numpy as np
 import optax
-from _corrupted_tasks import SCALED, TASKS, Data, make_faults, spoil
+from _corrupted_tasks import SCALED, TASKS, make_faults, spoil
 from _rules import OPTIMIZERS, RULES, TUNED, Lane, Rule, make_optimizer
+from _task_parts import Data
 from matplotlib.figure import Figure
 
 FULL = {"seeds": 8, "steps": 300}

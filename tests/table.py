@@ -310,7 +310,7 @@ references = {name: row.reference for name, row in TABLE.items()}
 # One of each kind: each norm, factor, memory and kind of threshold is in one of them.
 # The others repeat their parts in other combinations: these tests are `thorough`.
 KINDS = (
-    *("value", "global_norm", "global_norm_schedule", "soften"),
+    *("value", "global_norm", "global_norm_schedule", "normalize", "drop", "soften"),
     *("leaf_norm", "user_norm", "group_norm_mapping", "block_rms", "agc", "clippy"),
     *("singular_values", "spectral_norm", "zclip", "mapping_of_rules"),
     *("acclip", "spam", "stable_adamw", "u_clip"),

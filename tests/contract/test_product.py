@@ -163,6 +163,14 @@ every_combination = pytest.mark.parametrize(COLUMNS, MARKED)
 every_pair = pytest.mark.parametrize(COLUMNS, IN_TURN)
 
 
+EACH = list(enumerate([NORMS, THRESHOLDS, FACTORS]))
+
+
+@pytest.mark.parametrize(("column", "every"), EACH)
+def test_what_is_not_thorough_has_each_norm_threshold_and_factor(column, every):
+    assert {row[column] for row in CHOSEN} == {*every}
+
+
 def made(norm: str, threshold: str, factor: str, t: Any = 1.0) -> Any:
     limit = THRESHOLDS[threshold](NORMS[norm], t)
     return oc.clip_by(NORMS[norm], limit, FACTORS[factor][0])

@@ -76,7 +76,7 @@ TESTS = {
     "_guards/outcomes": "outcomes guard_derivatives",
     "_guards/selection": "selection",
     "_guards/skips": "no_trace spikes culprits inputs guards_in_jax faults",
-    "_looking/report": "names summary",
+    "_looking/by_name": "names summary",
     "_looking/summary": "summary names errors errors_of_patterns",
     "_measure/formulas": (
         "norms platforms numerics single_numbers properties meshes mesh_errors"

@@ -2,7 +2,7 @@
 
 In reading order:
   summary: what every clip, guard and cotangent saw, under names for a logger.
-  report: how it is read by name, at no cost to the step that made it.
+  by_name: how it is read by name, at no cost to the step that made it.
 
 May import every other wing.
 """

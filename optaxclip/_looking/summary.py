@@ -13,7 +13,7 @@ from optaxclip._clips.by_value import ClipByValueState
 from optaxclip._cotangents.stats import CotangentStats
 from optaxclip._engine.state import ClipState
 from optaxclip._guards.skips import GuardState
-from optaxclip._looking.report import Column, Fields, Part, Summary
+from optaxclip._looking.by_name import Column, Fields, Part, Summary
 from optaxclip._trees import infinity, paths as _paths
 
 MEMORIES = ("rule_state", "guarded_state")  # fields that are not shown

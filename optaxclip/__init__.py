@@ -1,6 +1,7 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
 from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip._advice.diagnose import diagnose as diagnose
 from optaxclip._clips.acclip import AcclipState as AcclipState, acclip as acclip
 from optaxclip._clips.by_norm import (
     clip_by_block_rms as clip_by_block_rms,

@@ -105,7 +105,7 @@ def completed(columns: History) -> History:
             "Expected the loss or a norm among the columns, got"
             f" {', '.join(sorted(columns))}."
         )
-    counts = {"nonfinite": ~np.isfinite(seen).all(axis=0)}
+    counts: History = {"nonfinite": ~np.isfinite(seen).all(axis=0)}
     steps = _of_clips(history, "/update_count")[:1]
     skips = _of_clips(history, "/skipped_count")
     skipped = np.diff(np.sum(skips, axis=0), prepend=0.0) if skips else np.zeros(1)

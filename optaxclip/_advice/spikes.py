@@ -1,0 +1,129 @@
+"""Which steps stand out, and did the loss follow?
+
+Norms far above their neighbours are routine, in healthy runs too: they are told only
+where the loss went up with them.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from optaxclip._advice.run import Run, rolling_median, short, spread
+
+SURE = 6.0  # robust standard deviations of the logarithm
+TIMES = 4.0  # the level of the neighbours
+FELT = 4.0  # robust standard deviations of the loss
+REACH = 8  # rows before and after, whose levels count
+AFTER = 3  # rows in which the loss may follow
+CHANCE = 0.01
+
+
+class Spike(NamedTuple):
+    """A row whose norm is far above its neighbours'.
+
+    Attributes:
+      step: of the row.
+      norm: the largest in the row.
+      times: the level of its neighbours.
+      follows: whether the loss rose in this row or the next two.
+    """
+
+    step: int
+    norm: float
+    times: float
+    follows: bool
+
+
+def found(run: Run) -> list[Spike]:
+    """Returns the spikes of the norm, or of the loss where there are no norms."""
+    is_seen = ~run.bad & np.isfinite(run.peak) & (run.peak > 0)
+    rows = np.flatnonzero(is_seen & ~_before_a_crash(run.bad))
+    if len(rows) < 2 * REACH:
+        return []
+    above, usual = _above(np.log(run.peak[rows]))
+    high = rows[above > max(SURE * usual, np.log(TIMES))]
+    times = dict(zip(rows, np.exp(above), strict=True))
+    risen = _risen(run)
+    return [
+        Spike(
+            step=int(run.step[row]),
+            norm=float(run.peak[row]),
+            times=float(times[row]),
+            follows=bool(risen[row : row + AFTER].any()),
+        )
+        for row in high
+    ]
+
+
+def spikes(run: Run) -> str | None:
+    """Says that norms far above the others took the loss with them."""
+    every = found(run)
+    felt = [spike for spike in every if spike.follows]
+    if not felt or _by_chance(len(every), len(felt), run) > CHANCE:
+        return None
+    largest = max(felt, key=lambda spike: spike.times)
+    steps = ", ".join(str(spike.step) for spike in felt[:5])
+    more = f" and {len(felt) - 5} more" if len(felt) > 5 else ""
+    return (
+        f"SPIKES at step{'s' * (len(felt) > 1)} {steps}{more}: the gradient norm was up"
+        f" to {short(largest.times)} times that of its neighbours"
+        f" ({short(largest.norm)} at step {largest.step}), and the loss rose with it."
+        f" {_recovered(run, felt[-1].step)} A clip at {short(_usual(run))}, the 90th"
+        " percentile of the norms, would have cut these steps; `skip_if_spike` leaves"
+        " them out."
+    )
+
+
+def _by_chance(count: int, felt: int, run: Run) -> float:
+    """Returns how probable it is that the loss rose where it did by accident."""
+    others = max(int(_risen(run).sum()) - AFTER * felt, 0)
+    expected = count * AFTER * (others + 1) / len(run.step)
+    return float(expected**felt / math.factorial(min(felt, 100)))
+
+
+def _recovered(run: Run, step: int) -> str:
+    is_seen = np.isfinite(run.loss) & ~run.bad
+    before = run.loss[is_seen & (run.step < step)][-10:]
+    after = run.loss[is_seen & (run.step > step)]
+    if len(after) < 5:
+        return "It is too early to say whether the run recovers."
+    margin = SURE * max(spread(before), 1e-3 * abs(np.median(before)))
+    back = np.median(after[-10:]) <= np.median(before) + margin
+    return "The loss came back." if back else "The loss has not come back."
+
+
+def _before_a_crash(bad: np.ndarray) -> np.ndarray:
+    """Returns the rows that lead to one that is not finite: no spikes by themselves."""
+    near = np.convolve(bad, np.ones(2 * REACH + 1), mode="full")[REACH * 2 :]
+    return near[: len(bad)] > 0
+
+
+def _usual(run: Run) -> float:
+    return float(np.percentile(run.norm[np.isfinite(run.norm) & ~run.bad], 90))
+
+
+def _risen(run: Run) -> np.ndarray:
+    """Returns the rows whose loss is far above that of the rows before and after."""
+    loss = run.columns.get("peak/loss", run.loss)
+    risen = np.zeros(len(loss), bool)
+    rows = np.flatnonzero(np.isfinite(loss) & ~run.bad)
+    if len(rows) >= 2 * REACH:
+        above, usual = _above(loss[rows])
+        risen[rows] = above > max(FELT * usual, 1e-3 * np.abs(loss[rows]).mean())
+    return risen
+
+
+def _above(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns how far each value is above its neighbours', and what is usual.
+
+    Above the level of those before and of those after it, whichever is higher: a trend
+    is no spike, up or down. The first rows have nothing to compare with.
+    """
+    level = rolling_median(values, 2 * REACH - 1)
+    last = len(values) - 1
+    places = np.arange(len(values))
+    before, after = np.maximum(places - REACH, 0), np.minimum(places + REACH, last)
+    above = values - np.maximum(level[before], level[after])
+    above[:REACH] = -np.inf
+    return above, spread(values[REACH:] - level[REACH:])

@@ -77,7 +77,7 @@ def diagnose(history: History, params: Any = None) -> dict[str, str]:
     Examples:
       >>> norms = [3.0, 2.0, 2.1, 1.9, 2.0, 2.2, 2.0, 9.0, 80.0, 900.0, float("nan")]
       >>> for name, sentence in optaxclip.diagnose({"norm": norms}).items():
-      ...     print(name, "-", sentence[:62])
+      ...     print(name, "-", sentence[:60])
       exploded - EXPLODED at step 10. The gradient norm grew from 2 to 900 in
     """
     if not {"step", "width", "nonfinite"} <= {*history}:

@@ -19,6 +19,9 @@ NEVER = int(np.iinfo(np.int32).max)  # no count of steps is larger
 
 _COUNTS = ("_count", "_step")
 
+# What has this attribute keeps a record of every step, of the skipped ones too.
+RECORDS = "records_every_step"
+
 
 class GuardState(NamedTuple):
     """State of a guard; read it with :func:`optaxclip.summary`.
@@ -99,13 +102,16 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
             "Expected a guard to wrap a transformation, such as"
             f" `optax.chain(clip, optax.sgd(0.1))`, got {inner!r}."
         )
+    _check_not_recorded([inner.init])
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Any) -> GuardState:
+        inner_state = inner.init(params)
+        _check_not_recorded(jax.tree.leaves(inner_state, is_leaf=_is_record))
         like, rule_state, names = init_rule(_leaves.flatten(params, abstract=True))
         # No two of them the same array, which could not be donated.
         return GuardState(
-            guarded_state=inner.init(params),
+            guarded_state=inner_state,
             step_count=jnp.zeros((), jnp.int32),
             skipped_count=jnp.zeros((), jnp.int32),
             consecutive_count=jnp.zeros((), jnp.int32),
@@ -141,6 +147,20 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
         return outcomes.held(taken.updates, params), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_record(x: Any) -> bool:
+    return getattr(x, RECORDS, False)
+
+
+def _check_not_recorded(inside: Any) -> None:
+    """Raises where a guard is around a record, of which it would undo a part."""
+    if any(map(_is_record, inside)):
+        raise ValueError(
+            "Expected nothing inside of a guard that records steps, got `record`: of a"
+            " step that is skipped nothing would be recorded. Put it outside:"
+            " `record(skip_if_nonfinite(...))`."
+        )
 
 
 def _look(leaves: _leaves.Leaves, before: Any, updates: Any, params: Any) -> jax.Array:

@@ -22,7 +22,7 @@ def check_name_of_loss(extra_args: dict[str, Any]) -> None:
     for name in extra_args:
         if _NAMES.fullmatch(name):
             raise TypeError(
-                f"Expected the loss as `value=`, got `{name}=`, which no guard looks"
+                f"Expected the loss as `value=`, got `{name}=`, which nobody looks"
                 f" at. Call `update(updates, state, params, value={name})`."
             )
 

@@ -1,7 +1,7 @@
 """What the clips of an optimizer did, under names that a logger can use."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def summary(opt_state: Any, params: Any = None) -> Summary:
       clip/clipped_fraction/w  1.0
       clip/update_count        1.0
     """
-    found = list(_found(opt_state))
+    found = list(found_in(opt_state))
     if not found:
         raise ValueError(
             "Expected the state of an optimizer with a clip of this library in it that"
@@ -103,20 +103,28 @@ def summary(opt_state: Any, params: Any = None) -> Summary:
             " `tx.init` or `tx.update` returned, or the gradient of"
             " `cotangent_stats()`."
         )
-    same = collections.Counter((kind, labels) for kind, labels, _ in found)
-    seen: collections.Counter[Any] = collections.Counter()
-    parts = []
-    for kind, labels, state in found:
-        fields = _fields(state)
-        number = f"_{seen[kind, labels]}" if same[kind, labels] > 1 else ""
-        seen[kind, labels] += 1
-        ends = (kind, labels) if kind == "cotangent" else (kind + number + labels, "")
-        parts.append(Part(*ends, READERS[type(state)][1], fields))
+    parts = [
+        Part(*ends, READERS[type(state)][1], _fields(state))
+        for *ends, state in titled(found)
+    ]
     paths = () if params is None else tuple(_paths.paths(params))
     return Summary(parts, paths).fetched()
 
 
-def _found(node: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
+def titled(found: Sequence[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
+    """Returns of each of these what goes before and after a name, and its state."""
+    same = collections.Counter((kind, labels) for kind, labels, _ in found)
+    seen: collections.Counter[Any] = collections.Counter()
+    rows = []
+    for kind, labels, state in found:
+        number = f"_{seen[kind, labels]}" if same[kind, labels] > 1 else ""
+        seen[kind, labels] += 1
+        ends = (kind, labels) if kind == "cotangent" else (kind + number + labels, "")
+        rows.append((*ends, state))
+    return rows
+
+
+def found_in(node: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yields of everything with statistics its kind, its labels and its state."""
     for keypath, state in jax.tree_util.tree_leaves_with_path(
         node, is_leaf=lambda x: type(x) in READERS
@@ -130,7 +138,7 @@ def _found(node: Any, above: str = "") -> Iterator[tuple[str, str, Any]]:
             labels = f"/{keystr(keypath, simple=True, separator='/')}".rstrip("/")
         yield kind, labels, state
         if kind == "guard":
-            yield from _found(state.guarded_state, labels)
+            yield from found_in(state.guarded_state, labels)
 
 
 def _fields(state: Any) -> Fields:

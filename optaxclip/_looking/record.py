@@ -1,0 +1,186 @@
+"""The flight recorder: what every step of a run was like, in the optimizer's state."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optaxclip import norms
+from optaxclip._arguments import checks, mistakes
+from optaxclip._guards import outcomes, skips, watched
+from optaxclip._looking import row as _row, seen as _seen, stretches
+from optaxclip._measure import names as _names, scopes as _scopes
+from optaxclip._mesh import summed
+from optaxclip._trees import infinity, leaves as _leaves
+
+
+class RecordState(NamedTuple):
+    """State of :func:`record`.
+
+    A column is a number of every step: the loss, the global norm, the norm of each
+    scope, then what each clip inside saw. On finite steps all are finite: the lowest
+    number stands for one that is missing, a number a millionth below the largest for
+    infinity.
+
+    Attributes:
+      seen_count: steps seen, shape ``()``, int32.
+      kept_count: those of them that are rows: all but, of steps in a row that are not
+        finite, those after the first; int32.
+      memory: shape ``(3, size, columns + 10)``, float32, or float64 where a leaf is: of
+        each stretch one step, the largest finite values, and the last rows. The last
+        ten columns are the number of the step and how many steps there are, how many
+        skipped, clipped and not finite, each as two digits to the base 2**16.
+      scope_ids: which the scopes of the norm are, as in :class:`ClipState`.
+      recorded_state: state of the wrapped optimizer.
+    """
+
+    seen_count: jax.Array
+    kept_count: jax.Array
+    memory: jax.Array
+    scope_ids: jax.Array
+    recorded_state: Any
+
+    records_every_step = True  # no field: for guards, which would undo it
+
+
+def record(
+    inner: optax.GradientTransformation,
+    norm: _scopes.Norm = norms.leaf_norms,
+    size: int = 256,
+) -> optax.GradientTransformationExtraArgs:
+    """Records the run."""
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    inner = checks.transformation(inner, "inner", "optax.chain(clip, optax.sgd(0.1))")
+    mistakes.norm(checks.function(norm, "norm"))
+    _check_size(size)
+    formula = norms.formula(norm)
+
+    def init_fn(params: Any) -> RecordState:
+        leaves = _leaves.flatten(params, abstract=True)
+        zeros = _row.vector(norm, _scopes.zeros(formula, leaves))
+        names = _scopes.names(formula, leaves)
+        state = inner.init(params)
+        columns = 2 + zeros.size + _seen.count(state)
+        return RecordState(
+            seen_count=jnp.zeros((), jnp.int32),
+            kept_count=jnp.zeros((), jnp.int32),
+            memory=stretches.empty(size, columns, leaves.dtype),
+            scope_ids=_names.encoded(names).reshape(-1, 4)[: zeros.size],
+            recorded_state=state,
+        )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, RecordState]:
+        checks.needed_state(state, RecordState)
+        watched.check_name_of_loss(extra_args)
+        leaves = _leaves.flatten(watched.detached(updates))
+        summed.check_summed(leaves, outcomes.like_updates(params))
+        sizes = _row.norms_of(norm, leaves)
+        before = state.recorded_state
+        updates, after = inner.update(updates, before, params, **extra_args)
+        dtype = state.memory.dtype
+        loss = _row.loss(watched.with_detached_loss(extra_args), dtype)
+        own = jnp.concatenate([loss[None], sizes.astype(dtype)])
+        seen = _seen.seen(before, after, dtype, stretches.none(dtype))
+        return updates, _after(state, own, seen, after)
+
+    setattr(init_fn, skips.RECORDS, True)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _after(state: Any, own: jax.Array, seen: _seen.Seen, recorded: Any) -> RecordState:
+    values = jnp.concatenate([own, watched.detached(seen.values)])
+    columns = state.memory.shape[2] - stretches.DIGITS
+    if values.size != columns:
+        raise ValueError(
+            f"Expected the state of a record with {values.size} columns, got"
+            f" {columns}: it belongs to another optimizer or to other"
+            " params. Call `state = tx.init(params)`."
+        )
+    # In a blend of states counts have become floats.
+    counted = {"seen_count", "kept_count", "scope_ids"}
+    whole = {name: jnp.asarray(getattr(state, name), jnp.int32) for name in counted}
+    is_bad = ~jnp.all(jnp.isfinite(own))
+    step, kept = whole["seen_count"], whole["kept_count"]
+    flags = [seen.is_skipped, seen.is_clipped, is_bad]
+    counts = jnp.stack([step, jnp.ones_like(step), *(x.astype(int) for x in flags)])
+    memory, kept = stretches.after(state.memory, kept, values, counts)
+    return RecordState(
+        seen_count=jnp.asarray(optax.safe_increment(step)),
+        kept_count=kept,
+        memory=memory,
+        scope_ids=whole["scope_ids"],
+        recorded_state=recorded,
+    )
+
+
+def _check_size(size: Any) -> None:
+    is_whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if not is_whole or size < 2 or size & (size - 1):
+        raise ValueError(
+            f"Expected size to be a power of two, at least 2, got {size!r}. It is how"
+            " many of the last steps are kept one by one: 256 is usual."
+        )
+
+
+def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Returns the history that a record holds, on the host.
+
+    Args:
+      state: a :class:`RecordState`.
+      paths: of the params, to name scopes by.
+
+    Returns:
+      Arrays by the names of their columns, an entry for each row: those before the last
+      `size` ones in stretches, then these one by one.
+
+    Raises:
+      ValueError: the state has a batch axis.
+    """
+    seen, kept, memory, ids = jax.device_get(
+        [jax.tree.leaves(field)[0] for field in state[:4]]
+    )
+    if np.ndim(seen):
+        raise ValueError(
+            f"Expected a record without a batch axis, got one of shape {seen.shape}."
+            " Take one of the batch, `jax.tree.map(lambda x: x[0], state)`."
+        )
+    past, last = stretches.in_order(memory, int(kept))
+    drawn, largest, counts = map(np.concatenate, zip(past, last, strict=True))
+    known = _names.candidates(paths) if paths else {}
+    scopes = _seen.of_scopes(ids, known)
+    own = ["loss", "norm", *(f"norm/{name}" for name in scopes)]
+    names = own + _seen.names(state.recorded_state, paths)
+    order = sorted(range(2, len(own)), key=lambda i: _forward(own[i]))
+    order = [0, 1, *order, *range(len(own), len(names))]
+    if not np.any(_shown(drawn[:, 0]) == drawn[:, 0]):
+        order = order[1:]
+    of = {name: counts[:, i].astype(np.int64) for i, name in enumerate(COUNTS)}
+    columns = {"step": of["step"], "width": of["width"]}
+    columns |= {names[i]: _shown(drawn[:, i]) for i in order}
+    columns |= {name: of[name] for name in ("clipped", "skipped", "nonfinite")}
+    if len(past.drawn):
+        columns |= {f"peak/{names[i]}": _shown(largest[:, i]) for i in order}
+    return columns
+
+
+COUNTS = ("step", "width", "skipped", "clipped", "nonfinite")
+
+
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Returns what the numbers stand for, in float64."""
+    none = values <= stretches.none(values.dtype)
+    large = infinity.is_infinite(values)
+    return np.where(none, np.nan, np.where(large, np.inf, values)).astype(np.float64)
+
+
+def _forward(name: str) -> list[Any]:
+    """Sorts numbers as numbers: Dense_2 before Dense_10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]

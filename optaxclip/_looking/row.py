@@ -1,0 +1,60 @@
+"""What of a step itself is recorded: its loss and its norms."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import norms
+from optaxclip._looking import stretches
+from optaxclip._measure import formulas, reduce, scopes as _scopes, units as _units
+from optaxclip._mesh import collectives
+from optaxclip._trees import infinity, leaves as _leaves
+
+
+def vector(norm: _scopes.Norm, measured: _scopes.Measured) -> jax.Array:
+    """Returns the norms that are columns of their own: not the global one."""
+    if isinstance(measured.norms, _units.Units):
+        raise ValueError(
+            "Expected a norm of all leaves, of each leaf or of groups, got one of"
+            " units. Use `norms.leaf_norms`."
+        )
+    sizes = jnp.ravel(measured.sizes())
+    is_global = _units.EVERYTHING in measured.scopes and norms.is_partition(norm)
+    return sizes[:0] if is_global else sizes
+
+
+def norms_of(norm: _scopes.Norm, leaves: _leaves.Leaves) -> jax.Array:
+    """Returns the global norm and those of all scopes."""
+    measured = _scopes.measure(norms.formula(norm), leaves)
+    own = vector(norm, measured)
+    if norms.is_partition(norm):
+        total = _total(jnp.ravel(measured.sizes()))
+    else:
+        total = _scopes.measure(formulas.global_norm, leaves).sizes()
+    return jnp.concatenate([total[None], own])
+
+
+def _total(sizes: jax.Array) -> jax.Array:
+    """Returns the norm of vectors that have these norms."""
+    largest = jnp.max(sizes, initial=0)
+    unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
+    total = unit * reduce.root(jnp.sum(jnp.square(reduce.over(sizes, unit))), 2)
+    return jnp.where(jnp.isfinite(largest), infinity.replaced(total), largest)
+
+
+def loss(extra_args: dict[str, Any], dtype: Any) -> jax.Array:
+    """Returns the loss, or what stands for none."""
+    value = extra_args.get("value")
+    if value is None:
+        return jnp.full((), stretches.none(dtype), dtype)
+    value = jnp.asarray(value)
+    axes = collectives.varying_axes(value)
+    if value.shape != () or axes or jnp.iscomplexobj(value):
+        raise ValueError(
+            "Expected the loss to be one real number, the same on all devices, got"
+            f" shape {value.shape}, dtype {value.dtype}, different over the mesh axes"
+            f" {sorted(axes)}. Call `jax.lax.pmean` on it, or `jnp.mean`."
+        )
+    narrow = value.astype(dtype)
+    return jnp.where(jnp.isfinite(value), infinity.replaced(narrow), narrow)

@@ -27,19 +27,17 @@ class RecordState(NamedTuple):
     infinity.
 
     Attributes:
-      seen_count: steps seen, shape ``()``, int32.
-      kept_count: those of them that are rows: all but, of steps in a row that are not
-        finite, those after the first; int32.
+      seen: steps seen, and how many of them are rows: all but, of steps in a row that
+        are not finite, those after the first; shape ``(2,)``, int32.
       memory: shape ``(3, size, columns + 10)``, float32, or float64 where a leaf is: of
-        each stretch one step, the largest finite values, and the last rows. The last
+        each stretch one step and the largest finite values, and the last rows. The last
         ten columns are the number of the step and how many steps there are, how many
         skipped, clipped and not finite, each as two digits to the base 2**16.
       scope_ids: which the scopes of the norm are, as in :class:`ClipState`.
       recorded_state: state of the wrapped optimizer.
     """
 
-    seen_count: jax.Array
-    kept_count: jax.Array
+    seen: jax.Array
     memory: jax.Array
     scope_ids: jax.Array
     recorded_state: Any
@@ -67,8 +65,7 @@ def record(
         state = inner.init(params)
         columns = 2 + zeros.size + _seen.count(state)
         return RecordState(
-            seen_count=jnp.zeros((), jnp.int32),
-            kept_count=jnp.zeros((), jnp.int32),
+            seen=jnp.zeros(2, jnp.int32),
             memory=stretches.empty(size, columns, leaves.dtype),
             scope_ids=_names.encoded(names).reshape(-1, 4)[: zeros.size],
             recorded_state=state,
@@ -87,15 +84,16 @@ def record(
         dtype = state.memory.dtype
         loss = _row.loss(watched.with_detached_loss(extra_args), dtype)
         own = jnp.concatenate([loss[None], sizes.astype(dtype)])
-        seen = _seen.seen(before, after, dtype, stretches.none(dtype))
-        return updates, _after(state, own, seen, after)
+        found = _seen.seen(before, after, dtype, stretches.none(dtype))
+        flags = found.is_skipped, found.is_clipped, _row.is_nonfinite(norm, own)
+        values = jnp.concatenate([own, watched.detached(found.values)])
+        return updates, _after(state, values, flags, after)
 
     setattr(init_fn, skips.RECORDS, True)
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _after(state: Any, own: jax.Array, seen: _seen.Seen, recorded: Any) -> RecordState:
-    values = jnp.concatenate([own, watched.detached(seen.values)])
+def _after(state: Any, values: jax.Array, flags: Any, recorded: Any) -> RecordState:
     columns = state.memory.shape[2] - stretches.DIGITS
     if values.size != columns:
         raise ValueError(
@@ -104,20 +102,9 @@ def _after(state: Any, own: jax.Array, seen: _seen.Seen, recorded: Any) -> Recor
             " params. Call `state = tx.init(params)`."
         )
     # In a blend of states counts have become floats.
-    counted = {"seen_count", "kept_count", "scope_ids"}
-    whole = {name: jnp.asarray(getattr(state, name), jnp.int32) for name in counted}
-    is_bad = ~jnp.all(jnp.isfinite(own))
-    step, kept = whole["seen_count"], whole["kept_count"]
-    flags = [seen.is_skipped, seen.is_clipped, is_bad]
-    counts = jnp.stack([step, jnp.ones_like(step), *(x.astype(int) for x in flags)])
-    memory, kept = stretches.after(state.memory, kept, values, counts)
-    return RecordState(
-        seen_count=jnp.asarray(optax.safe_increment(step)),
-        kept_count=kept,
-        memory=memory,
-        scope_ids=whole["scope_ids"],
-        recorded_state=recorded,
-    )
+    seen, ids = (jnp.asarray(x, jnp.int32) for x in (state.seen, state.scope_ids))
+    memory, seen = stretches.after(state.memory, seen, values, flags)
+    return RecordState(seen, memory, ids, recorded)
 
 
 def _check_size(size: Any) -> None:
@@ -143,15 +130,15 @@ def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
     Raises:
       ValueError: the state has a batch axis.
     """
-    seen, kept, memory, ids = jax.device_get(
-        [jax.tree.leaves(field)[0] for field in state[:4]]
+    seen, memory, ids = jax.device_get(
+        [jax.tree.leaves(field)[0] for field in state[:3]]
     )
-    if np.ndim(seen):
+    if np.ndim(seen) > 1:
         raise ValueError(
-            f"Expected a record without a batch axis, got one of shape {seen.shape}."
+            f"Expected a record without a batch axis, got {seen.shape[:-1]} of them."
             " Take one of the batch, `jax.tree.map(lambda x: x[0], state)`."
         )
-    past, last = stretches.in_order(memory, int(kept))
+    past, last = stretches.in_order(memory, int(seen[1]))
     drawn, largest, counts = map(np.concatenate, zip(past, last, strict=True))
     known = _names.candidates(paths) if paths else {}
     scopes = _seen.of_scopes(ids, known)

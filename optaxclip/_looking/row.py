@@ -35,6 +35,13 @@ def norms_of(norm: _scopes.Norm, leaves: _leaves.Leaves) -> jax.Array:
     return jnp.concatenate([total[None], own])
 
 
+def is_nonfinite(norm: _scopes.Norm, own: jax.Array) -> jax.Array:
+    """Returns whether the loss or a norm is not finite."""
+    # The global one is not where another is not.
+    looked_at = own[:2] if norms.is_partition(norm) else own
+    return ~jnp.all(jnp.isfinite(looked_at))
+
+
 def _total(sizes: jax.Array) -> jax.Array:
     """Returns the norm of vectors that have these norms."""
     largest = jnp.max(sizes, initial=0)

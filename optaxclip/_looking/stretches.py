@@ -8,6 +8,7 @@ second is where the next new stretch will be. They are joined when that begins, 
 before: a step touches two stretches, whatever the size.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,8 @@ from optaxclip._trees import infinity
 
 MOST = int(np.iinfo(np.int32).max)
 STEP, WIDTH, SKIPPED, CLIPPED, NONFINITE = range(5)  # of the counts
-DRAWN, LARGEST, LAST = range(3)  # of the memory
+DRAWN, LARGEST, LAST = range(3)  # parts of the memory
 DIGITS = 10  # columns for the counts, two for each: whole numbers below 2**16
-
-Memory = Any  # [3, size, columns + DIGITS]
 
 
 class Row(NamedTuple):
@@ -39,6 +38,34 @@ class Row(NamedTuple):
     counts: Any
 
 
+class Plan(NamedTuple):
+    """What becomes of a step, all of them whole numbers.
+
+    Attributes:
+      is_held: whether it is no row of its own, but counted in the last one.
+      place: of its row in the ring.
+      leaves: whether the row that was there joins a stretch.
+      slot: of that stretch.
+      begins: whether it begins with that row.
+      pairs: whether two others become one before.
+      first: slot of the first of these; the second is where the new one begins.
+      seen: how many steps there were, with this one.
+      kept: how many of them are rows.
+      counts: of the step.
+    """
+
+    is_held: Any
+    place: Any
+    leaves: Any
+    slot: Any
+    begins: Any
+    pairs: Any
+    first: Any
+    seen: Any
+    kept: Any
+    counts: Any
+
+
 def none(dtype: Any) -> float:
     """Returns the number that stands for a missing one."""
     return -infinity.stand_in(dtype)
@@ -50,77 +77,93 @@ def empty(size: int, columns: int, dtype: Any) -> jax.Array:
 
 
 def after(
-    memory: jax.Array, kept: jax.Array, values: jax.Array, counts: jax.Array
+    memory: jax.Array, seen: jax.Array, values: jax.Array, flags: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the memory after a step, and how many rows it has seen.
+    """Returns the memory after a step, and how many steps and rows there were.
 
     Of steps in a row that are not finite only the first is a row, in which the others
     are counted.
 
     Args:
-      memory: that before the step.
-      kept: rows it has seen, int32.
+      memory: shape ``[3, size, columns + DIGITS]``.
+      seen: how many steps and rows there were before, shape ``[2]``, int32.
       values: of the step.
-      counts: of the step.
+      flags: whether it was skipped, clipped, not finite.
     """
-    size = memory.shape[1]
-    newest = _numbers(_part(memory, LAST, kept - 1)[-DIGITS:])[NONFINITE]
-    is_held = (counts[NONFINITE] > 0) & (newest > 0)
-    place = (kept - is_held) & (size - 1)
-    old = _part(memory, LAST, place)
-    old_values, old_counts = old[:-DIGITS], _numbers(old[-DIGITS:])
-    both = _summed(jnp, old_counts, counts)
-    last = _joint(
-        jnp.where(is_held, old_values, values), jnp.where(is_held, both, counts)
-    )
-    leaves = ~is_held & (kept >= size)
-    row = _fresh(jnp, old_values, old_counts)
-    stretches = _joined_by(row, memory, jnp.maximum(kept - size, 0), leaves)
-    # All that is read is read before anything is written, which then needs no copy.
-    rows = [*stretches, (LAST, place, last[None])]
+    plan = _planned(memory, *seen, flags)
+    rows = _rows(memory, plan, values)
+    # All is read before anything is written, which then needs no copy.
     rows, memory = jax.lax.optimization_barrier((rows, memory))
-    for first, slot, new in rows:
-        start = jnp.uint32(first), slot.astype(jnp.uint32), jnp.uint32(0)
-        memory = jax.lax.dynamic_update_slice(memory, new[:, None], start)
-    return memory, jnp.where(is_held | (kept == MOST), kept, kept + 1)
+    for part, slot, first, end in (
+        (DRAWN, plan.first, 0, 2),
+        (DRAWN, plan.slot, 2, 4),
+        (LAST, plan.place, 4, 5),
+    ):
+        start = _start(part, slot)
+        memory = jax.lax.dynamic_update_slice(memory, rows[first:end, None], start)
+    return memory, jnp.stack([plan.seen, plan.kept])
 
 
-def _joined_by(
-    row: Row, memory: jax.Array, number: jax.Array, leaves: jax.Array
-) -> list[tuple[int, jax.Array, jax.Array]]:
-    """Returns two stretches with their slots, after a row has joined, if it does.
-
-    Args:
-      row: the one that leaves the ring.
-      memory: that before the step.
-      number: of the row, from 0.
-      leaves: whether it does.
-    """
-    size = memory.shape[1]
-    level = jnp.maximum(32 - jax.lax.clz(number) - _bits(size), 0)
+def _planned(memory: jax.Array, seen: Any, kept: Any, flags: Any) -> Plan:
+    size, bits = memory.shape[1], _bits(memory.shape[1])
+    newest = _row(_read(memory, LAST, (kept - 1) & (size - 1))[0]).counts
+    is_held = (flags[-1] > 0) & (newest[NONFINITE] > 0)
+    leaves = ~is_held & (kept >= size)
+    number = jnp.maximum(kept - size, 0)  # of the row that leaves the ring
+    level = jnp.maximum(32 - jax.lax.clz(number) - bits, 0)
     slot = _slot(number >> level, level, size)
-    first = slot ^ (1 << (level + _bits(size) - 1) % _bits(size))
     begins = leaves & (number & ((1 << level) - 1) == 0)
-    own, partner = (_at(memory, x) for x in (slot, first))
-    pair = _joined(jnp, partner, own)
-    grown = _where(jnp, leaves, _joined(jnp, own, row), own)
-    news = [
-        (first, _where(jnp, begins & (level > 0), pair, partner)),
-        (slot, _where(jnp, begins, row, grown)),
-    ]
-    return [(DRAWN, place, _both(new)) for place, new in news]
+    plan = Plan(
+        is_held=is_held,
+        place=(kept - is_held) & (size - 1),
+        leaves=leaves,
+        slot=slot,
+        begins=begins,
+        pairs=begins & (level > 0),
+        first=slot ^ (1 << (level + bits - 1) % bits),
+        seen=jnp.where(seen == MOST, seen, seen + 1),
+        kept=jnp.where(is_held | (kept == MOST), kept, kept + 1),
+        counts=(seen, 1, *flags),
+    )
+    # One vector, which is one kernel.
+    every = jnp.stack([jnp.asarray(x, jnp.int32) for x in jax.tree.leaves(plan)])
+    every = jax.lax.optimization_barrier(every)
+    return Plan(*every[: len(plan) - 1], counts=every[len(plan) - 1 :])
+
+
+def _rows(memory: jax.Array, plan: Plan, values: jax.Array) -> jax.Array:
+    """Returns what is to be written: two stretches in two parts, and the last row."""
+    old = _row(_read(memory, LAST, plan.place)[0])
+    new = Row(values, values, plan.counts)
+    held = old._replace(counts=_summed(jnp, old.counts, new.counts))
+    last = _where(jnp, plan.is_held, held, new)
+    first, own = (
+        _stretch(_read(memory, DRAWN, slot, 2)) for slot in (plan.first, plan.slot)
+    )
+    leaving = old._replace(largest=_finite(jnp, old.drawn))
+    grown = _where(jnp, plan.leaves, _joined(jnp, own, leaving), own)
+    stretches = (
+        _where(jnp, plan.pairs, _joined(jnp, first, own), first),
+        _where(jnp, plan.begins, leaving, grown),
+    )
+    parts = [x for row in stretches for x in (row.drawn, row.largest)]
+    counts = [x for row in stretches for x in (row.counts, 0 * row.counts)]
+    counts = jnp.stack([*counts, last.counts])
+    digits = jnp.concatenate([counts >> 16, counts & 0xFFFF], axis=1)
+    values = jnp.stack([*parts, last.drawn])
+    return jnp.concatenate([values, digits.astype(memory.dtype)], axis=1)
 
 
 def in_order(memory: np.ndarray, kept: int) -> tuple[Row, Row]:
     """Returns all stretches and the rows of the ring, from the oldest, as NumPy's."""
     size = memory.shape[1]
     newest = kept - size - 1  # of those that have left the ring
-    ring = memory[LAST, np.arange(max(newest + 1, 0), kept) & (size - 1)]
-    last = _fresh(np, ring[:, :-DIGITS], _numbers(ring[:, -DIGITS:]))
+    last = _row(memory[LAST, np.arange(max(newest + 1, 0), kept) & (size - 1)])
+    last = last._replace(largest=_finite(np, last.drawn))
     level = max(max(newest, 0).bit_length() - _bits(size), 0)
     number = np.arange((newest >> level) + 1)
     own, others = (
-        _of_parts(memory[:LAST, _slot(x, level, size)])
+        _stretch(memory[:LAST, _slot(x, level, size)])
         for x in (number, number ^ (size // 2))
     )
     apart = (number < size // 2) & (number + size // 2 > newest >> level) & (level > 0)
@@ -138,46 +181,28 @@ def _slot(number: Any, level: Any, size: int) -> Any:
     return rotated & (size - 1)
 
 
-def _part(memory: jax.Array, first: int, slot: jax.Array, count: int = 1) -> jax.Array:
-    """Returns one row of one part of the memory, or of several."""
-    size, columns = memory.shape[1:]
-    slot = (slot & (size - 1)).astype(jnp.uint32)
-    start = jnp.uint32(first), slot, jnp.uint32(0)
-    found = jax.lax.dynamic_slice(memory, start, (count, 1, columns))
-    return jnp.squeeze(found, (0, 1) if count == 1 else 1)
+def _start(part: int, slot: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns where a row begins; what has no sign is not asked for it."""
+    return jnp.uint32(part), slot.astype(jnp.uint32), jnp.uint32(0)
 
 
-def _at(memory: jax.Array, slot: jax.Array) -> Row:
-    return _of_parts(_part(memory, DRAWN, slot, 2))
+def _read(memory: jax.Array, part: int, slot: jax.Array, parts: int = 1) -> jax.Array:
+    sizes = (parts, 1, memory.shape[2])
+    return jax.lax.dynamic_slice(memory, _start(part, slot), sizes)[:, 0]
 
 
-def _of_parts(parts: Any) -> Row:
-    """Returns a stretch from what the memory has of it."""
-    drawn, largest = parts
-    counts = _numbers(drawn[..., -DIGITS:])
-    return Row(drawn[..., :-DIGITS], largest[..., :-DIGITS], counts)
+def _row(drawn: Any) -> Row:
+    """Returns a row of which nothing but its values and counts are known."""
+    values, digits = drawn[..., :-DIGITS], drawn[..., -DIGITS:].astype(np.int32)
+    return Row(values, values, (digits[..., :5] << 16) | digits[..., 5:])
 
 
-def _both(row: Row) -> jax.Array:
-    """Returns what the memory has of a stretch."""
-    rest = jnp.zeros(DIGITS, row.largest.dtype)
-    return jnp.stack([_joint(row.drawn, row.counts), jnp.append(row.largest, rest)])
+def _stretch(parts: Any) -> Row:
+    return _row(parts[0])._replace(largest=parts[1][..., :-DIGITS])
 
 
-def _joint(values: jax.Array, counts: jax.Array) -> jax.Array:
-    digits = jnp.concatenate([counts >> 16, counts & 0xFFFF])
-    return jnp.concatenate([values, digits.astype(values.dtype)])
-
-
-def _numbers(digits: Any) -> Any:
-    """Returns counts from their digits."""
-    high, low = (digits[..., i : i + 5].astype(np.int32) for i in (0, 5))
-    return (high << 16) | low
-
-
-def _fresh(xp: Any, values: Any, counts: Any) -> Row:
-    """Returns a stretch of one row."""
-    return Row(values, xp.where(xp.isfinite(values), values, none(values.dtype)), counts)
+def _finite(xp: Any, values: Any) -> Any:
+    return xp.where(xp.isfinite(values), values, none(values.dtype))
 
 
 def _joined(xp: Any, first: Row, second: Row) -> Row:
@@ -203,8 +228,8 @@ def _luck(xp: Any, counts: Any) -> Any:
 
     It is MurmurHash3's last part, so that a run that goes on draws the same.
     """
-    x = counts[..., STEP : STEP + 1].astype(xp.uint32)
-    x = x ^ xp.uint32(0x9E3779B9)  # without, 0 would stay 0
+    x = counts[..., STEP : STEP + 1].astype(np.uint32)
+    x = x ^ np.uint32(0x9E3779B9)  # without, 0 would stay 0
     x = (x ^ (x >> 16)) * xp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * xp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -212,5 +237,5 @@ def _luck(xp: Any, counts: Any) -> Any:
 
 def _where(xp: Any, condition: Any, new: Row, old: Row) -> Row:
     """Returns one of two stretches, each of which has a last axis of its own."""
-    condition = condition[..., None]
+    condition = condition[..., None] > 0
     return Row(*(xp.where(condition, *pair) for pair in zip(new, old, strict=True)))

@@ -1,0 +1,109 @@
+"""Axes, colours, numbers and marks, the same in every picture."""
+
+from typing import Any
+
+import numpy as np
+
+INK, GREY, PALE, ACCENT = "black", "#8c8c8c", "#c8c8c8", "#0072B2"
+DASHES = (0, (4, 3))
+SMALL: Any = {"fontsize": "small", "parse_math": False}
+BADGE: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+
+
+def subplots(rows: int = 1, **options: Any) -> Any:
+    """Opens a figure of pyplot, which notebooks show; returns its axes."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "Pictures are drawn with matplotlib, which is not installed:"
+            ' `pip install "optaxclip[looking]"`.'
+        ) from error
+    return pyplot.subplots(rows, layout="constrained", **options)[1]
+
+
+def number(value: float) -> str:
+    """Returns a number with two digits, as one says it: 0.34, 2.1, 740, 1.2e6."""
+    size = abs(value)
+    if not np.isfinite(value):
+        return "NaN" if np.isnan(value) else "infinite" if value > 0 else "-infinite"
+    if size == 0 or 100 <= size < 1e5:
+        return f"{value:.0f}"
+    if 1e-3 <= size < 100:
+        return f"{value:#.2g}".removesuffix(".")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def share(value: float) -> str:
+    """Returns a share in percent, never 0 or 100 % for what is nearly that."""
+    percent = 100 * value
+    if 0 < percent < 1:
+        return "below 1 %"
+    if 99 < percent < 100:
+        return "over 99 %"
+    return f"{percent:.0f} %"
+
+
+def tick(value: float, _: Any = None) -> str:
+    """Returns the label of a tick of a log axis."""
+    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def bare(ax: Any) -> None:
+    """Takes the frame away but for the two axes."""
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def log_axis(ax: Any, low: float, high: float, name: str = "y") -> None:
+    """Makes an axis logarithmic, at least between two numbers, labelled plainly."""
+    if high < 3 * low:
+        middle = np.sqrt(low) * np.sqrt(high)
+        low, high = middle / 3, middle * 3
+    ax.set(**{f"{name}scale": "log", f"{name}lim": (float(low), float(high))})
+    axis = ax.yaxis if name == "y" else ax.xaxis
+    axis.set_major_formatter(tick)
+    few = "25" if high < 30 * low else ""
+    axis.set_minor_formatter(lambda x, _: tick(x) if f"{x:e}"[0] in few else "")
+
+
+def title(ax: Any, text: str) -> None:
+    """Writes the message of a picture."""
+    ax.set_title(text, loc="left", fontsize="medium", pad=10, parse_math=False)
+
+
+def at_edge(ax: Any, x: np.ndarray, height: float, marker: str, label: str) -> None:
+    """Puts marks near an edge, for what is not on the axis."""
+    if x.size:
+        place: Any = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+        style: Any = {"marker": marker, "linestyle": "", "markersize": 5}
+        ax.plot(x, np.full(x.shape, height), color=INK, label=label, **style, **place)
+
+
+def at_end(ax: Any, y: float, text: str, **options: Any) -> None:
+    """Writes beside the right edge, at the height where a line ends."""
+    ax.annotate(
+        text,
+        (1, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        annotation_clip=False,
+        **SMALL | options,
+    )
+
+
+def say(ax: Any, text: str) -> None:
+    """Writes in the middle of axes that have nothing else to show."""
+    ax.text(
+        0.5,
+        0.5,
+        text,
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        **SMALL,
+    )
+    ax.set_yticks([])
+    ax.set_ylabel("")

@@ -1,0 +1,127 @@
+"""Which leaf had which norm when, and which stay at exactly 0?"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optaxclip._plots import canvas as _canvas, columns as _columns
+from optaxclip._plots.columns import Columns
+
+ROWS = 300  # of the history, drawn at most
+TAIL = 0.05  # of the rows, at the end: so long a leaf is 0 before it is named
+
+
+class Grid(NamedTuple):
+    """The norms of leaves, drawn.
+
+    Attributes:
+      paths: of the leaves, in forward order.
+      edges: steps between which each column lies, `[columns + 1]`.
+      norms: of the leaves, NaN where there is none, `[leaves, columns]`.
+      bad: whether it is not finite, `[leaves, columns]`.
+      medians: of the norms above 0 of each leaf, NaN if there is none.
+      zero_since: step since which each leaf is exactly 0 to the end, NaN if it isn't.
+    """
+
+    paths: list[str]
+    edges: np.ndarray
+    norms: np.ndarray
+    bad: np.ndarray
+    medians: np.ndarray
+    zero_since: np.ndarray
+
+
+def of(history: Any) -> Grid:
+    """Returns the grid of a history; of several runs in one file that of the last."""
+    columns = _columns.runs(_columns.read(history))[-1]
+    if not _columns.leaves(columns):
+        raise ValueError(
+            "Expected norms of leaves, columns `norm/<path>`, got"
+            f" {', '.join(columns)}. `optaxclip.record` keeps them."
+        )
+    columns = _told(columns)
+    paths, norms, bad = _norms(columns)
+    zero_since = np.array([_zero_since(columns["step"], x) for x in norms])
+    above = np.where(norms > 0, norms, np.nan)
+    medians = np.array([_median(x) for x in above])
+    drawn = _columns.thinned(columns, ROWS)
+    _, norms, bad = _norms(drawn)
+    edges = np.append(drawn["step"], _columns.end(columns) + 1)
+    return Grid(paths, edges, norms, bad, medians, zero_since)
+
+
+def ratios(grid: Grid) -> np.ndarray:
+    """Returns the log10 of each norm over the median of its leaf, NaN where it is 0."""
+    norms = np.where(grid.norms > 0, grid.norms, np.nan)
+    return np.log10(norms) - np.log10(grid.medians)[:, None]
+
+
+def end(grid: Grid) -> float:
+    """Returns the step up to which is drawn.
+
+    As much as there was before everything ceased to be finite is drawn after it.
+    """
+    first, start, last = grid.edges[0], grid.edges[_lost_from(grid.bad)], grid.edges[-1]
+    return float(min(last, start + (start - first))) if start > first else float(last)
+
+
+def message(grid: Grid) -> str:
+    """Returns what the picture says, in one line."""
+    dead = np.isfinite(grid.zero_since)
+    if dead.any():
+        since, of = grid.zero_since[dead].max(), "leaf" if len(dead) == 1 else "leaves"
+        return f"{dead.sum()} of {len(dead)} {of}: exactly 0 from step {since:.0f} on"
+    lost = _lost_from(grid.bad)
+    if lost < grid.bad.shape[1]:
+        return f"Not finite from step {grid.edges[lost]:.0f} on"
+    found = ratios(grid)
+    if not np.isfinite(found).any():
+        return "No norm above 0"
+    row, column = np.unravel_index(np.nanargmax(found), found.shape)
+    most = _canvas.number(float(10 ** found[row, column]))
+    return (
+        f"At most {most} times the median of a leaf, at step {grid.edges[column]:.0f}"
+    )
+
+
+def _lost_from(bad: np.ndarray) -> int:
+    """Returns from which column on there is always a leaf that is not finite."""
+    sound = np.flatnonzero(~bad.any(axis=0))
+    return int(sound[-1]) + 1 if sound.size else 0
+
+
+def _told(columns: Columns) -> Columns:
+    """Returns the rows that tell anything of leaves."""
+    norms = np.stack([*_columns.leaves(columns).values()])
+    told = np.isfinite(norms).any(axis=0) | (columns["nonfinite"] > 0)
+    told = told if told.any() else ~told
+    return {name: x[told] for name, x in columns.items()}
+
+
+def _norms(columns: Columns) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Returns paths, norms and what is not finite.
+
+    Where the loss or the whole norm is not finite, a leaf of norm 0 is not either: its
+    NaN did not come through a relu.
+    """
+    found = _columns.leaves(columns)
+    norms = np.stack([*found.values()])
+    total = [columns[name] for name in ("loss", "norm") if name in columns]
+    lost = ~np.isfinite(total).all(axis=0) & (columns["nonfinite"] > 0)
+    bad = (~np.isfinite(norms) & (columns["nonfinite"] > 0)) | ((norms == 0) & lost)
+    return [*found], np.where(bad | ~np.isfinite(norms), np.nan, norms), bad
+
+
+def _zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
+    """Returns the step since which a norm is exactly 0 to the end, NaN if it isn't."""
+    steps, norms = steps[~np.isnan(norms)], norms[~np.isnan(norms)]
+    other = np.flatnonzero(norms != 0)
+    first = int(other[-1]) + 1 if other.size else 0
+    if len(norms) - first < max(2, TAIL * len(norms)):
+        return np.nan
+    return float(steps[first])
+
+
+def _median(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if values.size else np.nan

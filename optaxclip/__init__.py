@@ -1,6 +1,11 @@
 """Gradient clipping for JAX: Optax transformations that keep training stable."""
 
-from optaxclip import factors as factors, norms as norms, thresholds as thresholds
+from optaxclip import (
+    factors as factors,
+    norms as norms,
+    plot as plot,
+    thresholds as thresholds,
+)
 from optaxclip._advice.diagnose import diagnose as diagnose
 from optaxclip._advice.suggest import suggest_max_norm as suggest_max_norm
 from optaxclip._clips.acclip import AcclipState as AcclipState, acclip as acclip

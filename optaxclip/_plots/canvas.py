@@ -1,10 +1,12 @@
 """Axes, colours, numbers and marks, the same in every picture."""
 
+import importlib
 from typing import Any
 
 import numpy as np
 
 INK, GREY, PALE, ACCENT = "black", "#8c8c8c", "#c8c8c8", "#0072B2"
+LETTERS = 28  # of a path, written at most
 DASHES = (0, (4, 3))
 SMALL: Any = {"fontsize": "small", "parse_math": False}
 BADGE: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
@@ -12,14 +14,22 @@ BADGE: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": 
 
 def subplots(rows: int = 1, **options: Any) -> Any:
     """Opens a figure of pyplot, which notebooks show; returns its axes."""
+    return _matplotlib("pyplot").subplots(rows, layout="constrained", **options)[1]
+
+
+def figure(width: float, height: float) -> Any:
+    """Opens a figure that is saved, and shown nowhere."""
+    return _matplotlib("figure").Figure((width, height), layout="constrained")
+
+
+def _matplotlib(name: str) -> Any:
     try:
-        from matplotlib import pyplot
+        return importlib.import_module(f"matplotlib.{name}")
     except ImportError as error:
         raise ImportError(
             "Pictures are drawn with matplotlib, which is not installed:"
             ' `pip install "optaxclip[looking]"`.'
         ) from error
-    return pyplot.subplots(rows, layout="constrained", **options)[1]
 
 
 def number(value: float) -> str:
@@ -27,7 +37,7 @@ def number(value: float) -> str:
     size = abs(value)
     if not np.isfinite(value):
         return "NaN" if np.isnan(value) else "infinite" if value > 0 else "-infinite"
-    if size == 0 or 100 <= size < 1e5:
+    if size == 0 or 100 <= size < 1e4:
         return f"{value:.0f}"
     if 1e-3 <= size < 100:
         return f"{value:#.2g}".removesuffix(".")
@@ -39,10 +49,13 @@ def share(value: float) -> str:
     """Returns a share in percent, never 0 or 100 % for what is nearly that."""
     percent = 100 * value
     if 0 < percent < 1:
-        return "below 1 %"
-    if 99 < percent < 100:
-        return "over 99 %"
-    return f"{percent:.0f} %"
+        return f"{number(percent)} %"
+    return "over 99 %" if 99.5 <= percent < 100 else f"{percent:.0f} %"
+
+
+def shortened(path: str) -> str:
+    """Returns the last letters of a path that is long."""
+    return path if len(path) <= LETTERS else "…" + path[1 - LETTERS :]
 
 
 def tick(value: float, _: Any = None) -> str:

@@ -82,7 +82,16 @@ def crash(columns: Columns) -> int | None:
 
 def end(columns: Columns) -> float:
     """Returns the step at which the record ends."""
-    return float(np.max(columns["step"] + columns["width"]) - 1)
+    return float(columns["step"][-1] + columns["width"][-1] - 1)
+
+
+def shown(columns: Columns) -> Columns:
+    """Returns the rows to draw: after a crash no more steps than there were before."""
+    row, steps = crash(columns), columns["step"]
+    if not row:
+        return columns
+    last = 2 * steps[row] - steps[0]
+    return {name: x[steps <= last] for name, x in columns.items()}
 
 
 def thinned(columns: Columns, rows: int) -> Columns:

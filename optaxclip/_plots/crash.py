@@ -14,26 +14,21 @@ GROWN = 10.0  # times: less is no growth
 
 
 def hatch(axes: Sequence[Any], columns: Columns) -> None:
-    """Hatches the axes from the first step on from which nothing is finite.
-
-    What comes after is cut off where it would take more room than what was before.
-    """
+    """Hatches the axes from the first step on from which nothing is finite."""
     row = _columns.crash(columns)
     assert row is not None
     start, end = columns["step"][row], _columns.end(columns)
     left, right = axes[0].get_xlim()
     right = max(right, start + 0.04 * (right - left))
-    right = min(right, start + (start - left)) if start > left else right
     for ax in axes:
         ax.set_xlim(left, right)
         style: Any = {"facecolor": "none", "edgecolor": GREY, "linewidth": 0}
         ax.axvspan(start, right, hatch="////", **style)
         ax.axvline(start, color=INK, linewidth=1)
-    is_early = start < (left + right) / 2 + 1e-9
     text = f" not finite from step {start:.0f} on"
     text += f" (to step {end:.0f}) " if end > right else " "
     place: Any = {"transform": axes[0].get_xaxis_transform(), "va": "top"}
-    place["ha"] = "left" if is_early else "right"
+    place["ha"] = "left" if start <= (left + right) / 2 else "right"
     axes[0].text(start, 0.97, text, bbox=BADGE, **place, **SMALL)
 
 

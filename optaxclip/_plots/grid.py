@@ -39,30 +39,20 @@ def of(history: Any) -> Grid:
             "Expected norms of leaves, columns `norm/<path>`, got"
             f" {', '.join(columns)}. `optaxclip.record` keeps them."
         )
-    columns = _told(columns)
-    paths, norms, bad = _norms(columns)
-    zero_since = np.array([_zero_since(columns["step"], x) for x in norms])
-    above = np.where(norms > 0, norms, np.nan)
-    medians = np.array([_median(x) for x in above])
-    drawn = _columns.thinned(columns, ROWS)
-    _, norms, bad = _norms(drawn)
-    edges = np.append(drawn["step"], _columns.end(columns) + 1)
-    return Grid(paths, edges, norms, bad, medians, zero_since)
+    columns = told(columns)
+    paths, norms, _ = measured(columns)
+    since = np.array([zero_since(columns["step"], x) for x in norms])
+    medians = np.array([_median(x[x > 0]) for x in norms])
+    drawn = _columns.thinned(_columns.shown(columns), ROWS)
+    _, norms, bad = measured(drawn)
+    edges = np.append(drawn["step"], _columns.end(drawn) + 1)
+    return Grid(paths, edges, norms, bad, medians, since)
 
 
 def ratios(grid: Grid) -> np.ndarray:
     """Returns the log10 of each norm over the median of its leaf, NaN where it is 0."""
     norms = np.where(grid.norms > 0, grid.norms, np.nan)
     return np.log10(norms) - np.log10(grid.medians)[:, None]
-
-
-def end(grid: Grid) -> float:
-    """Returns the step up to which is drawn.
-
-    As much as there was before everything ceased to be finite is drawn after it.
-    """
-    first, start, last = grid.edges[0], grid.edges[_lost_from(grid.bad)], grid.edges[-1]
-    return float(min(last, start + (start - first))) if start > first else float(last)
 
 
 def message(grid: Grid) -> str:
@@ -90,7 +80,7 @@ def _lost_from(bad: np.ndarray) -> int:
     return int(sound[-1]) + 1 if sound.size else 0
 
 
-def _told(columns: Columns) -> Columns:
+def told(columns: Columns) -> Columns:
     """Returns the rows that tell anything of leaves."""
     norms = np.stack([*_columns.leaves(columns).values()])
     told = np.isfinite(norms).any(axis=0) | (columns["nonfinite"] > 0)
@@ -98,7 +88,7 @@ def _told(columns: Columns) -> Columns:
     return {name: x[told] for name, x in columns.items()}
 
 
-def _norms(columns: Columns) -> tuple[list[str], np.ndarray, np.ndarray]:
+def measured(columns: Columns) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Returns paths, norms and what is not finite.
 
     Where the loss or the whole norm is not finite, a leaf of norm 0 is not either: its
@@ -112,7 +102,7 @@ def _norms(columns: Columns) -> tuple[list[str], np.ndarray, np.ndarray]:
     return [*found], np.where(bad | ~np.isfinite(norms), np.nan, norms), bad
 
 
-def _zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
+def zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
     """Returns the step since which a norm is exactly 0 to the end, NaN if it isn't."""
     steps, norms = steps[~np.isnan(norms)], norms[~np.isnan(norms)]
     other = np.flatnonzero(norms != 0)
@@ -123,5 +113,4 @@ def _zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
 
 
 def _median(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else np.nan

@@ -9,7 +9,6 @@ from optaxclip._plots.canvas import ACCENT, GREY, INK
 from optaxclip._plots.grid import Grid
 
 NAMES = 40  # of leaves, written at most
-LETTERS = 28  # of a name, written at most
 CROSSES = 40  # in a row of the picture, at most
 SHADES = "#f4f4f4", "#b4d2e4", ACCENT, "#00263c"  # darker in grey, too
 TEXTS = 6  # about leaves that are 0, at most
@@ -47,7 +46,7 @@ def layers(history: Any, ax: Any = None) -> Any:
         height = float(np.clip(0.24 * len(grid.paths) + 1.5, 2.4, 8))
         ax = _canvas.subplots(figsize=(6.4, height))
     _image(ax, grid)
-    ax.set_xlim(grid.edges[0], _grid.end(grid))
+    ax.set_xlim(grid.edges[0], grid.edges[-1])
     ax.locator_params(axis="x", nbins=6)
     _crosses(ax, grid)
     _words(ax, grid)
@@ -89,8 +88,7 @@ def _image(ax: Any, grid: Grid) -> None:
 def _crosses(ax: Any, grid: Grid) -> None:
     """Puts crosses on what is not finite, not so many that they run together."""
     middle = (grid.edges[:-1] + grid.edges[1:]) / 2
-    shown = np.sum(middle < _grid.end(grid))
-    columns = np.arange(0, shown, -(-shown // CROSSES))
+    columns = np.arange(0, len(middle), -(-len(middle) // CROSSES))
     rows = np.arange(0, len(grid.paths), -(-len(grid.paths) // NAMES))
     y, x = np.nonzero(grid.bad[np.ix_(rows, columns)])
     style: Any = {"linestyle": "", "marker": "x", "color": GREY, "markersize": 4}
@@ -117,8 +115,7 @@ def _words(ax: Any, grid: Grid) -> None:
 def _names(ax: Any, paths: list[str]) -> None:
     """Names the leaves; of many every second, third, ..., the first letters cut off."""
     rows = np.arange(0, len(paths), -(-len(paths) // NAMES))
-    names = [paths[i] for i in rows]
-    names = [x if len(x) <= LETTERS else "…" + x[1 - LETTERS :] for x in names]
+    names = [_canvas.shortened(paths[i]) for i in rows]
     ax.set_yticks(rows, names, fontsize="small", parse_math=False)
     ax.tick_params(axis="y", length=2)
 
@@ -126,12 +123,13 @@ def _names(ax: Any, paths: list[str]) -> None:
 def _bars(ax: Any, grid: Grid) -> None:
     """Draws the medians of the leaves, beside their rows."""
     found = grid.medians[np.isfinite(grid.medians)]
-    bars = ax.inset_axes((1.02, 0, 0.2, 1), sharey=ax)
+    bars = ax.inset_axes((1.03, 0, 0.2, 1), sharey=ax)
     low, high = (found.min(), found.max()) if found.size else (1.0, 1.0)
     bars.barh(np.arange(len(grid.paths)), grid.medians, color=GREY, height=0.8)
-    _canvas.log_axis(bars, low / 3, high * 1.2, "x")
-    bars.locator_params(axis="x", numticks=3)
-    bars.tick_params(axis="x", labelsize="small", labeltop=True, labelbottom=False)
+    _canvas.log_axis(bars, low / 3, high * 3, "x")
+    bars.locator_params(axis="x", numticks=2)
+    labels: Any = {"labeltop": True, "labelbottom": False, "labelsize": "small"}
+    bars.tick_params(axis="x", which="both", **labels)
     bars.tick_params(axis="y", labelleft=False, length=0)
     bars.set_xlabel("median", fontsize="small")
     _canvas.bare(bars)

@@ -22,8 +22,9 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
     Above the loss, below the norm before the clip. The line is the steps drawn, the
     band reaches to the largest norm of each stretch. The threshold is dashed; the area
     from it up to the norm is what the clip took away. The bars at the bottom are the
-    share of steps clipped. Where nothing is finite any more, the picture is hatched,
-    and the steps before are drawn once more, with the growth of the norm per step.
+    share of steps clipped. Where nothing is finite any more, the picture is hatched, no
+    longer than the run was before; of the steps before, those in which the norm grew
+    are drawn once more, with the growth per step.
 
     The norm is on a log axis, and so is a positive loss that ranges over more than a
     factor of 30. A norm of 0 and single steps that are not finite are marked at the
@@ -52,10 +53,10 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
     if axes is None:
         axes = _canvas.subplots(2, figsize=(6.4, 5), sharex=True, **heights(last))
     loss_axes, norm_axes = axes
-    drawn = [_columns.thinned(part, ROWS) for part in parts]
+    drawn = [_columns.thinned(_columns.shown(part), ROWS) for part in parts]
     _panels.loss(loss_axes, drawn[-1], drawn[:-1])
     _panels.norm(norm_axes, drawn[-1], drawn[:-1])
-    first, end = last["step"][0], _columns.end(last)
+    first, end = last["step"][0], _columns.end(_columns.shown(last))
     for ax in (loss_axes, norm_axes):
         _canvas.bare(ax)
         ax.set_xlim(first, end) if end > first else ax.set_xlim(first - 1, first + 1)

@@ -86,6 +86,9 @@ from optaxclip._looking.history import history as history
 from optaxclip._looking.summary import summary as summary
 from optaxclip._measure.stacks import over_layers as over_layers
 from optaxclip._mesh.splits import over_axes as over_axes
+from optaxclip._pages.line import status as status
+from optaxclip._pages.page import report as report
+from optaxclip._pages.terminal import live as live
 from optaxclip._per_example.adapt import adapt_max_norm as adapt_max_norm
 from optaxclip._per_example.centered import (
     CenteredClip as CenteredClip,

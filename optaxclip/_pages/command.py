@@ -47,7 +47,8 @@ def _wrapped(verdicts: dict[str, str]) -> str:
     """Returns the verdicts, each wrapped to the width of the terminal."""
     width = min(shutil.get_terminal_size().columns, 100)
     options = {"width": width, "break_long_words": False, "break_on_hyphens": False}
-    return "\n\n".join(textwrap.fill(text, **options) for text in verdicts.values())
+    lines = [line for text in verdicts.values() for line in text.splitlines()]
+    return "\n\n".join(textwrap.fill(line, **options) for line in lines)
 
 
 def _failed(error: Exception, status: int) -> int:

@@ -15,7 +15,7 @@ FIELDS = "/(?:norm|max_norm|factor|largest|clipped_fraction|update_count)"
 def status(seen: Any, **numbers: Any) -> str:
     """Returns one line of what the clips did at the last step, for a progress bar.
 
-    ``loss 0.53  norm 2.1  clip 1.0  x0.48  clipped 31 %  skipped 2``: your numbers;
+    ``loss 0.53  norm 2.1  clip 1  x0.48  clipped 31 %  skipped 2``: your numbers;
     then of the first clip the norm before it, the threshold, the factor, and the share
     of the steps so far that were clipped; and how many steps the guards have skipped.
     Of a clip with several scopes it is the largest norm, the smallest threshold and
@@ -38,7 +38,7 @@ def status(seen: Any, **numbers: Any) -> str:
       >>> grads = {"w": jnp.array([3.0, 4.0])}
       >>> _, opt_state = tx.update(grads, tx.init(grads))
       >>> optaxclip.status(opt_state, loss=0.53)
-      'loss 0.53  norm 5.0  clip 1.0  x0.20  clipped 100 %'
+      'loss 0.53  norm 5  clip 1  x0.2  clipped 100 %'
     """
     row = seen if isinstance(seen, Mapping) and _is_row(seen) else summary(seen)
     if "width" in row:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip._advice.diagnose import diagnose
+from optaxclip._advice.diagnose import BAD, diagnose
 from optaxclip._looking.history import history as _history
 from optaxclip._pages import (
     facts as _facts,
@@ -22,7 +22,6 @@ from optaxclip._plots.columns import Columns
 
 FEW = 24  # leaves, in one table
 HEAD = "leaf", "norm now", "median", "largest", "share", "mark"
-HARMLESS = "healthy", "always_clipped", "never_clipped", "too_short", "overflow_skips"
 
 
 def report(history: Any, path: str | os.PathLike[str]) -> None:
@@ -78,12 +77,12 @@ def _words(name: str) -> str:
 
 
 def _verdicts(verdicts: Mapping[str, str]) -> str:
-    """Returns the verdicts as a list, those that are no trouble set apart."""
+    """Returns the verdicts as a list, the faults among them marked."""
     items = []
     for name, text in verdicts.items():
-        kind = "" if name in HARMLESS else ' class="bad"'
-        head = f"<b>{html.escape(_words(name))}</b>"
-        items.append(f"<li{kind}>{head}{html.escape(text)}</li>")
+        kind = ' class="bad"' if name in BAD else ""
+        lines = html.escape(text).replace("\n", "<br />")
+        items.append(f"<li{kind}><b>{html.escape(_words(name))}</b>{lines}</li>")
     return "\n".join(['<ol class="verdicts">', *items, "</ol>"])
 
 

@@ -39,7 +39,7 @@ def live(history: Any) -> Any:
       >>> import rich.console
       >>> history = {"loss": [3.0, 2.0, 1.0], "norm": [9.0, 2.0, 1.0]}
       >>> rich.console.Console(width=80).print(optaxclip.live(history))
-      step 2  loss 1.0  norm 1.0
+      step 2  loss 1  norm 1
       loss █▅▁
       norm █▃▁
     """

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip._advice.run import short
+
 INK, GREY, PALE, ACCENT = "black", "#8c8c8c", "#c8c8c8", "#0072B2"
 LETTERS = 28  # of a path, written at most
 DASHES = (0, (4, 3))
@@ -33,34 +35,21 @@ def _matplotlib(name: str) -> Any:
 
 
 def number(value: float) -> str:
-    """Returns a number with two digits, as one says it: 0.34, 2.1, 740, 1.2e6."""
-    size = abs(value)
-    if not np.isfinite(value):
-        return "NaN" if np.isnan(value) else "infinite" if value > 0 else "-infinite"
-    if size == 0 or 100 <= size < 1e4:
-        return f"{value:.0f}"
-    if 1e-3 <= size < 100:
-        return f"{value:#.2g}".removesuffix(".")
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
+    """Returns a number for people, three digits at most."""
+    return short(value).replace("nan", "NaN").replace("inf", "infinite")
 
 
 def share(value: float) -> str:
     """Returns a share in percent, never 0 or 100 % for what is nearly that."""
     percent = 100 * value
     if 0 < percent < 1:
-        return f"{number(percent)} %"
+        return f"{short(float(f'{percent:.1g}'))} %"
     return "over 99 %" if 99.5 <= percent < 100 else f"{percent:.0f} %"
 
 
 def shortened(path: str) -> str:
     """Returns the last letters of a path that is long."""
     return path if len(path) <= LETTERS else "…" + path[1 - LETTERS :]
-
-
-def tick(value: float, _: Any = None) -> str:
-    """Returns the label of a tick of a log axis."""
-    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def bare(ax: Any) -> None:
@@ -75,9 +64,9 @@ def log_axis(ax: Any, low: float, high: float, name: str = "y") -> None:
         low, high = middle / 3, middle * 3
     ax.set(**{f"{name}scale": "log", f"{name}lim": (float(low), float(high))})
     axis = ax.yaxis if name == "y" else ax.xaxis
-    axis.set_major_formatter(tick)
+    axis.set_major_formatter(lambda x, _: short(x))
     few = "25" if high < 30 * low else ""
-    axis.set_minor_formatter(lambda x, _: tick(x) if f"{x:e}"[0] in few else "")
+    axis.set_minor_formatter(lambda x, _: short(x) if f"{x:e}"[0] in few else "")
 
 
 def title(ax: Any, text: str) -> None:

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip._advice import run as _run
+from optaxclip._advice.crashes import Crash
+from optaxclip._advice.explosions import growth
 from optaxclip._plots import canvas as _canvas, columns as _columns
-from optaxclip._plots.canvas import BADGE, GREY, INK, SMALL
+from optaxclip._plots.canvas import BADGE, DASHES, GREY, INK, SMALL
 from optaxclip._plots.columns import Columns
 
 ROWS = 64  # before the crash, drawn once more
-GROWN = 10.0  # times: less is no growth
 
 
 def hatch(axes: Sequence[Any], columns: Columns) -> None:
@@ -32,41 +34,27 @@ def hatch(axes: Sequence[Any], columns: Columns) -> None:
     axes[0].text(start, 0.97, text, bbox=BADGE, **place, **SMALL)
 
 
-def growth(steps: np.ndarray, norms: np.ndarray) -> tuple[int, float] | None:
-    """Returns where the norm began to grow to its end, and by what factor per step.
-
-    A line is fitted to the log of the norms after the last that was not above the
-    median. None where there are fewer than three such norms, or they grew less than
-    tenfold.
-    """
-    quiet = np.flatnonzero(norms <= np.median(norms))
-    first = int(quiet[-1]) if quiet.size else 0
-    steps, norms = steps[first:], norms[first:]
-    if len(norms) < 3 or norms[-1] < GROWN * norms[0]:
-        return None
-    slope = np.polyfit(steps - steps[0], np.log(norms), 1)[0]
-    return first, float(np.exp(slope))
-
-
-def inset(ax: Any, columns: Columns) -> None:
-    """Draws the last norms before the crash, where they grew."""
-    row, norms = _columns.crash(columns), columns.get("norm")
-    if norms is None:
+def inset(axes: Sequence[Any], columns: Columns) -> None:
+    """Draws the rows before the crash, where the norm grew, or else the loss."""
+    row = _columns.crash(columns)
+    assert row is not None
+    run = _run.runs(columns)[-1]
+    found = growth(run, Crash(row, len(run.step), is_last=True))
+    if found is None:
         return
-    before = np.flatnonzero(np.isfinite(norms[:row]) & (norms[:row] > 0))[-ROWS:]
-    steps, norms = columns["step"][before], norms[before]
-    grown = growth(steps, norms) if len(norms) >= 3 else None
-    if grown is None:
-        return
-    first, factor = grown
+    is_norm = found.name == "gradient norm"
+    values = run.norm if is_norm else np.abs(run.loss)
+    before = np.flatnonzero(np.isfinite(values[:row]) & (values[:row] > 0))[-ROWS:]
+    steps, values = run.step[before], values[before]
+    ax = axes[1] if is_norm else axes[0]
     left, right = ax.get_xlim()
     is_early = columns["step"][row] < left + 0.55 * (right - left)
     small = ax.inset_axes((0.57 if is_early else 0.12, 0.38, 0.4, 0.42))
-    small.plot(steps, norms, color=INK, linewidth=1.2, marker=".")
-    fitted = norms[first] * factor ** (steps[first:] - steps[first])
-    small.plot(steps[first:], fitted, color=GREY, linestyle=_canvas.DASHES)
-    _canvas.log_axis(small, norms.min() / 1.5, norms.max() * 1.5)
+    small.plot(steps, values, color=INK, linewidth=1.2, marker=".")
+    ends = [found.high / found.rate**found.steps, found.high]
+    small.plot([steps[-1] - found.steps, steps[-1]], ends, color=GREY, linestyle=DASHES)
+    _canvas.log_axis(small, values.min() / 1.5, values.max() * 1.5)
     small.locator_params(axis="x", nbins=3, integer=True)
     small.tick_params(labelsize="small")
-    text = f"last {len(steps)} rows: x {_canvas.number(factor)} a step"
+    text = f"last {len(steps)} rows: x {_canvas.number(found.rate)} a step"
     small.set_title(text, fontsize="small", backgroundcolor="white", pad=4)

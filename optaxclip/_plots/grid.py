@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from optaxclip._advice.layers import QUARTER
 from optaxclip._plots import canvas as _canvas, columns as _columns
 from optaxclip._plots.columns import Columns
 
 ROWS = 300  # of the history, drawn at most
-TAIL = 0.05  # of the rows, at the end: so long a leaf is 0 before it is named
 
 
 class Grid(NamedTuple):
@@ -103,11 +103,14 @@ def measured(columns: Columns) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
-    """Returns the step since which a norm is exactly 0 to the end, NaN if it isn't."""
+    """Returns the step since which a norm is exactly 0 to the end, NaN if it isn't.
+
+    It is said of those that are 0 for a quarter of the rows.
+    """
     steps, norms = steps[~np.isnan(norms)], norms[~np.isnan(norms)]
     other = np.flatnonzero(norms != 0)
     first = int(other[-1]) + 1 if other.size else 0
-    if len(norms) - first < max(2, TAIL * len(norms)):
+    if len(norms) - first < max(3, QUARTER * len(norms)):
         return np.nan
     return float(steps[first])
 

@@ -36,7 +36,7 @@ def layers(history: Any, ax: Any = None) -> Any:
       ValueError: there is no norm of a leaf in the history.
 
     Examples:
-      >>> history = {"norm/a": [1.0, 2.0, 1.0], "norm/b": [1.0, 0.0, 0.0]}
+      >>> history = {"norm/a": [1.0, 2.0, 1.0, 2.0], "norm/b": [1.0, 0.0, 0.0, 0.0]}
       >>> ax = optaxclip.plot.layers(history)
       >>> print(ax.get_title(loc="left"))
       1 of 2 leaves: exactly 0 from step 1 on

@@ -46,7 +46,7 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
       >>> history = {"loss": [3.0, 2.0, 1.0], "norm": [9.0, 2.0, 1.0]}
       >>> loss_axes, norm_axes = optaxclip.plot.run(history)
       >>> print(loss_axes.get_title(loc="left"))
-      The gradient norm: 2.0 in the middle, 9.0 at most
+      The gradient norm: 2 in the middle, 9 at most
     """
     parts = _columns.runs(_columns.read(history))
     last = parts[-1]
@@ -65,7 +65,7 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
     loss_axes.tick_params(labelbottom=False)
     if _columns.crash(last) is not None:
         _crash.hatch((loss_axes, norm_axes), last)
-        _crash.inset(norm_axes, last)
+        _crash.inset((loss_axes, norm_axes), last)
     several = f"Run {len(parts)} of {len(parts)}. " if len(parts) > 1 else ""
     _canvas.title(loss_axes, several + _message(last))
     return axes

@@ -45,7 +45,7 @@ def sweep(
       >>> losses = [[0.9, 0.8], [0.3, 0.4], [0.3, jnp.nan]]
       >>> ax = optaxclip.plot.sweep([0.1, 1.0, 10.0], losses)
       >>> print(ax.get_title(loc="left"))
-      Best: 1.0; of 6 runs 1 is lost
+      Best: 1; of 6 runs 1 is lost
     """
     thresholds, values = _checked(max_norms, losses, suggestion)
     ax = _canvas.subplots(figsize=(6.4, 3.6)) if ax is None else ax

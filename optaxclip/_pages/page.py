@@ -2,6 +2,7 @@
 
 import html
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def _verdicts(verdicts: Mapping[str, str]) -> str:
     items = []
     for name, text in verdicts.items():
         kind = ' class="bad"' if name in BAD else ""
-        lines = html.escape(text).replace("\n", "<br />")
+        lines = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(text))
+        lines = lines.replace("\n", "<br />")
         items.append(f"<li{kind}><b>{html.escape(_words(name))}</b>{lines}</li>")
     return "\n".join(['<ol class="verdicts">', *items, "</ol>"])
 

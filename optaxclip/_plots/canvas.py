@@ -86,7 +86,7 @@ def at_end(ax: Any, y: float, text: str, **options: Any) -> None:
     """Writes beside the right edge, at the height where a line ends."""
     ax.annotate(
         text,
-        (1, y),
+        (1, np.clip(y, *ax.get_ylim())),
         xycoords=("axes fraction", "data"),
         xytext=(4, 0),
         textcoords="offset points",

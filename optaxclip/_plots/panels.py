@@ -18,11 +18,11 @@ def loss(ax: Any, columns: Columns, earlier: list[Columns]) -> None:
     ax.set_ylabel("loss")
     if values is None or not _columns.is_there(values):
         return _canvas.say(ax, "no finite loss in this record")
+    finite = values[np.isfinite(values)]
+    _scale(ax, columns, finite)
     for part in earlier:
         _line(ax, part, part["loss"], color=GREY, alpha=0.6)
     _line(ax, columns, values, color=INK)
-    finite = values[np.isfinite(values)]
-    _scale(ax, columns, finite)
     if _columns.crash(columns) is None:
         _canvas.at_end(ax, finite[-1], _canvas.number(finite[-1]))
 
@@ -33,11 +33,11 @@ def norm(ax: Any, columns: Columns, earlier: list[Columns]) -> None:
     ax.set_ylabel("gradient norm")
     if values is None or not _columns.is_there(values):
         return _canvas.say(ax, "no finite gradient norm in this record")
+    _limits(ax, columns, values)
     for part in earlier:
         _line(ax, part, part.get("norm"), color=GREY, alpha=0.6)
     _band(ax, columns, values)
     _line(ax, columns, values, color=INK, label="norm")
-    _limits(ax, columns, values)
     _threshold(ax, columns, values)
     _rug(ax, columns)
     _edges(ax, columns, values)
@@ -48,11 +48,12 @@ def norm(ax: Any, columns: Columns, earlier: list[Columns]) -> None:
 
 
 def _line(ax: Any, columns: Columns, values: np.ndarray | None, **style: Any) -> None:
-    """Draws a line through what was told; only what is not finite leaves a gap."""
+    """Draws a line through what was told, with a gap where it can't be drawn."""
     if values is None:
         return
     told = np.isfinite(values) | (columns["nonfinite"] > 0)
-    shown = np.where(np.isfinite(values), values, np.nan)[told]
+    can_be = np.isfinite(values) & ((values > 0) | (ax.get_yscale() != "log"))
+    shown = np.where(can_be, values, np.nan)[told]
     marker = "." if np.sum(told) <= 40 else ""
     ax.plot(columns["step"][told], shown, linewidth=1.2, marker=marker, **style)
 
@@ -106,7 +107,7 @@ def _threshold(ax: Any, columns: Columns, values: np.ndarray) -> None:
         text += ", far above" if above else ", far below"
     else:
         ax.plot(x, max_norms, color=ACCENT, linestyle=DASHES, linewidth=1.5)
-    _canvas.at_end(ax, np.clip(max_norms[-1], low, high), text, color=ACCENT)
+    _canvas.at_end(ax, max_norms[-1], text, color=ACCENT)
     style: Any = {"color": ACCENT, "alpha": 0.3, "linewidth": 0}
     style |= {"label": "clipped away"} if np.any(values > max_norms) else {}
     ax.fill_between(

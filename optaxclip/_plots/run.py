@@ -31,7 +31,7 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
     edges. Of several runs in one file the last is drawn so, those before it are grey.
 
     Args:
-      history: what ``optaxclip.history`` returns; steps with a loss or a norm will do.
+      history: what ``optaxclip.history`` returns, or takes; a loss or a norm will do.
       axes: two axes of matplotlib, for loss and norm; new ones if None.
 
     Returns:
@@ -39,8 +39,7 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError: ``history`` is no mapping.
-      ValueError: its arrays are not of one length, or have no row.
+      TypeError, ValueError: there is no history in what was passed.
 
     Examples:
       >>> history = {"loss": [3.0, 2.0, 1.0], "norm": [9.0, 2.0, 1.0]}

@@ -43,53 +43,61 @@ def error(params, x, y):
     return jnp.mean((x[:, 0] - y) ** 2)
 
 
-@functools.lru_cache
-def history(max_norm, steps=640, rate=0.01):
-    """Trains with a clip at `max_norm`; returns what was seen, a row for each step."""
+@functools.cache
+def histories(max_norms=(7.0, 600.0, np.inf), steps=640, rate=0.01):
+    """Trains with a clip at each threshold; returns what was seen, a row for a step."""
     x, y = data()
-    optimizer = optax.chain(
-        oc.clip_by_global_norm(max_norm), optax.sgd(rate, momentum=0.9)
-    )
+    rows = np.random.default_rng(1).integers(0, ROWS, size=(steps, BATCH))
 
-    def step(carry, rows):
-        params, state = carry
-        loss, grads = jax.value_and_grad(error)(params, x[rows], y[rows])
-        updates, state = optimizer.update(grads, state, params)
-        seen = {"loss": loss, "norms": jax.tree.map(jnp.linalg.norm, grads)}
-        seen |= oc.summary(state)
-        return (optax.apply_updates(params, updates), state), seen
+    def train(max_norm):
+        optimizer = optax.chain(
+            oc.clip_by_global_norm(max_norm), optax.sgd(rate, momentum=0.9)
+        )
 
-    rng = np.random.default_rng(1)
-    rows = jnp.asarray(rng.integers(0, ROWS, size=(steps, BATCH)))
-    params = init()
-    _, seen = jax.jit(functools.partial(jax.lax.scan, step))(
-        (params, optimizer.init(params)), rows
-    )
-    return columns(jax.device_get(seen))
+        def step(carry, rows):
+            params, state = carry
+            loss, grads = jax.value_and_grad(error)(params, x[rows], y[rows])
+            updates, state = optimizer.update(grads, state, params)
+            norms = jax.tree.map(jnp.linalg.norm, grads)
+            seen = {"loss": loss, "norms": norms, "summary": oc.summary(state)}
+            return (optax.apply_updates(params, updates), state), seen
+
+        carry = (init(), optimizer.init(init()))
+        return jax.lax.scan(step, carry, jnp.asarray(rows))[1]
+
+    seen = jax.device_get(jax.jit(jax.vmap(train))(jnp.array(max_norms)))
+    return [columns(seen, i) for i in range(len(max_norms))]
 
 
-def columns(seen):
-    """Returns the columns of a history, as `optaxclip.history` names them."""
-    seen = {k: v if k == "norms" else np.asarray(v, float) for k, v in seen.items()}
-    norms, loss = seen["norms"], seen["loss"]
-    found = {"step": np.arange(len(loss)), "width": np.ones(len(loss), np.int64)}
-    found |= {"loss": loss, "norm": seen["clip/norm"]}
-    for name, layer in norms.items():
-        found |= {f"norm/{name}/{k}": np.asarray(layer[k], float) for k in layer}
-    found |= {k: seen[k] for k in ("clip/norm", "clip/max_norm", "clip/factor")}
+def columns(seen, i):
+    """Returns the columns of the history of one run, as `optaxclip.history` would."""
+    norms = {
+        f"norm/{name}/{key}": layer[key][i]
+        for name, layer in seen["norms"].items()
+        for key in layer
+    }
+    loss, clip = seen["loss"][i], {k: x[i] for k, x in seen["summary"].items()}
+    clip = {k: clip[k] for k in ("clip/norm", "clip/max_norm", "clip/factor")}
+    found = {"loss": loss, "norm": clip["clip/norm"]} | norms | clip
+    found = {name: np.asarray(x, float) for name, x in found.items()}
     nonfinite = ~np.isfinite(loss) | ~np.isfinite(found["norm"])
-    found["clipped"] = (found["clip/factor"] < 1).astype(np.int64)
-    found["skipped"] = np.zeros(len(loss), np.int64)
-    return found | {"nonfinite": nonfinite.astype(np.int64)}
+    counts = {
+        "step": np.arange(len(loss)),
+        "width": np.ones(len(loss)),
+        "clipped": found["clip/factor"] < 1,
+        "skipped": np.zeros(len(loss)),
+        "nonfinite": nonfinite,
+    }
+    return {name: x.astype(np.int64) for name, x in counts.items()} | found
 
 
 def good():
-    return history(7.0)
-
-
-def exploding():
-    return history(np.inf)
+    return histories()[0]
 
 
 def dead():
-    return history(600.0)
+    return histories()[1]
+
+
+def exploding():
+    return histories()[2]

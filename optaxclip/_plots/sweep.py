@@ -9,7 +9,7 @@ from optaxclip._plots import canvas as _canvas
 from optaxclip._plots.canvas import ACCENT, GREY, INK, PALE
 
 NEAR = 0.05  # of the best loss: as good
-BEYOND = 1e3  # times the best loss: above the axis
+BEYOND = 1e6  # times the best loss: above the axis
 
 
 def sweep(
@@ -21,8 +21,8 @@ def sweep(
     """Draws the loss at the end of the run against the threshold of its clip.
 
     The dots are runs, the line their medians over the seeds, in which a lost run counts
-    as the worst. A run whose loss is NaN or infinite is a cross at the top, one
-    more than a thousand times above the best median an arrow there. Shaded are the
+    as the worst. A run whose loss is NaN or infinite is a cross at the top, one above
+    a million times the best median an arrow there. Shaded are the
     thresholds whose median is within 5 % of the best.
 
     An infinite threshold, no clip, is at the right.

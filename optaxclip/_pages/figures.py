@@ -12,8 +12,8 @@ from optaxclip._plots.columns import Columns
 from optaxclip._plots.layers import layers
 from optaxclip._plots.thresholds import thresholds
 
-WIDTH = 5.6  # inches, so that a phone shows the text at nearly its size
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "optaxclip", "font.size": 9}
+WIDTH = 5.0  # inches: on a phone the text has nearly its size
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "optaxclip", "font.size": 10}
 
 
 def of(columns: Columns) -> dict[str, str]:

@@ -24,7 +24,7 @@ dl { display: grid; gap: .4rem 1.5rem; margin: 1rem 0;
 dt { font-size: .8rem; color: var(--grey); }
 dd { margin: 0; font-variant-numeric: tabular-nums; }
 .pictures { columns: 34rem 2; column-gap: 2rem; }
-figure { margin: 0 auto 1.5rem; max-width: 46rem; break-inside: avoid; }
+figure { margin: 0 auto 1.5rem; max-width: 42rem; break-inside: avoid; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
 table { border-collapse: collapse; font-size: .875rem;

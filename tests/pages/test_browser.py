@@ -80,7 +80,7 @@ def test_it_fits_and_its_text_can_be_read_at(width, report, tmp_path):
     assert found
     wide, smallest, pictures, asked = map(float, found.groups())
     assert wide <= width
-    assert smallest >= 8  # pixels, with the room above and below the letters
+    assert smallest >= 9  # pixels, with the room above and below the letters
     assert pictures == 3
     assert asked == 0
 

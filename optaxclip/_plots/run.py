@@ -1,6 +1,6 @@
 """Loss and norm of a run, and what the clip took away."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from optaxclip._plots.columns import Columns
 ROWS = 1000  # drawn
 
 
-def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
+def run(history: Any, axes: Sequence[Any] | None = None) -> tuple[Any, Any]:
     """Draws loss and gradient norm of a run, and what the clip took away.
 
     Above the loss, below the norm before the clip. The line is the steps drawn, the
@@ -50,8 +50,10 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
     parts = _columns.runs(_columns.read(history))
     last = parts[-1]
     if axes is None:
-        axes = _canvas.subplots(2, figsize=(6.4, 5), sharex=True, **heights(last))
-    loss_axes, norm_axes = axes
+        figure: Any = {"figsize": (6.4, 5), "sharex": True, **heights(last)}
+        loss_axes, norm_axes = _canvas.subplots(2, **figure)
+    else:
+        loss_axes, norm_axes = axes
     drawn = [_columns.thinned(_columns.shown(part), ROWS) for part in parts]
     _panels.loss(loss_axes, drawn[-1], drawn[:-1])
     _panels.norm(norm_axes, drawn[-1], drawn[:-1])
@@ -67,7 +69,7 @@ def run(history: Mapping[str, Any], axes: Sequence[Any] | None = None) -> Any:
         _crash.inset((loss_axes, norm_axes), last)
     several = f"Run {len(parts)} of {len(parts)}. " if len(parts) > 1 else ""
     _canvas.title(loss_axes, several + _message(last))
-    return axes
+    return loss_axes, norm_axes
 
 
 def heights(columns: Columns) -> dict[str, Any]:

@@ -89,12 +89,13 @@ def test_a_path_is_no_markup_and_a_long_one_keeps_its_end():
 
 
 def test_it_can_be_watched_live():
-    console = rich.console.Console(width=80, file=io.StringIO(), force_terminal=True)
+    stream = io.StringIO()
+    console = rich.console.Console(width=80, file=stream, force_terminal=True)
     with rich.live.Live(console=console, auto_refresh=False) as view:
         for steps in 5, 6:
             history = {"loss": np.arange(1.0, steps + 1)}
             view.update(oc.live(history), refresh=True)
-    assert "step 5  loss 6" in console.file.getvalue()
+    assert "step 5  loss 6" in stream.getvalue()
 
 
 def test_without_rich_it_says_what_to_install(monkeypatch):

@@ -83,6 +83,7 @@ from optaxclip._guards.inputs import (
 from optaxclip._guards.running_statistics import keep_if_skipped as keep_if_skipped
 from optaxclip._guards.skips import GuardState as GuardState
 from optaxclip._looking.history import history as history
+from optaxclip._looking.record import RecordState as RecordState, record as record
 from optaxclip._looking.summary import summary as summary
 from optaxclip._measure.stacks import over_layers as over_layers
 from optaxclip._mesh.splits import over_axes as over_axes

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from optaxclip._looking import columns, logs
+from optaxclip._looking import columns, logs, record
+from optaxclip._trees import paths as _paths
 
 
 def history(seen: Any, params: Any = None) -> columns.History:
@@ -16,6 +17,8 @@ def history(seen: Any, params: Any = None) -> columns.History:
     Args:
       seen: one of
 
+        * the state of an optimizer with :func:`optaxclip.record` in it, or anything
+          that holds one; of a batch of them, by ``vmap``, take one;
         * a mapping from names to arrays of one number for each step: a
           :func:`optaxclip.summary` that ``scan`` has stacked, with the loss if you have
           it, ``{"loss": losses, **summaries}``; or a history;
@@ -25,7 +28,8 @@ def history(seen: Any, params: Any = None) -> columns.History:
           ``np.savez(path, **history)``), the ``trainer_state.json`` of Hugging Face, or
           a folder of TensorBoard's, if the package ``tensorboard`` is installed.
 
-      params: the parameters, to name scopes by; shapes will do.
+      params: the parameters, to name the scopes of a record by; shapes will do. Without
+        them scopes are numbered.
 
     Returns:
       A dictionary of arrays, each of shape ``[rows]``:
@@ -58,6 +62,8 @@ def history(seen: Any, params: Any = None) -> columns.History:
     """
     if isinstance(seen, str | os.PathLike):
         return columns.of_rows(logs.rows(Path(seen)))
+    if records := _records(seen):
+        return columns.completed(record.rows(_only(records), _names(params)))
     if isinstance(seen, Mapping):
         return columns.of_columns(jax.device_get(dict(seen)))
     if _is_rows(seen):
@@ -68,6 +74,28 @@ def history(seen: Any, params: Any = None) -> columns.History:
         " summaries, a list of them, or the path of a log; got"
         f" {type(seen).__name__}."
     )
+
+
+def _records(seen: Any) -> list[tuple[Any, record.RecordState]]:
+    """Returns every record in a state, with the path to it."""
+    found = jax.tree_util.tree_leaves_with_path(
+        seen, is_leaf=lambda x: isinstance(x, record.RecordState)
+    )
+    return [(path, x) for path, x in found if isinstance(x, record.RecordState)]
+
+
+def _only(records: list[tuple[Any, record.RecordState]]) -> record.RecordState:
+    if len(records) > 1:
+        places = ", ".join(f"state{jax.tree_util.keystr(path)}" for path, _ in records)
+        raise ValueError(
+            f"Expected a state with one record, found {len(records)}, at {places}. Pass"
+            " one of them."
+        )
+    return records[0][1]
+
+
+def _names(params: Any) -> list[str]:
+    return [] if params is None else _paths.paths(params)
 
 
 def _is_rows(seen: Any) -> bool:

@@ -30,7 +30,7 @@ Expected (MSE, medians of 16 seeds; that of the mean of the targets is 20381 and
     rate 0.0015, norm 200    train about 0.2, test about 2.5; 7 % of the steps clipped,
                              none of the last epoch
 Four figures are written: the target, the learning curves, the norms of the gradients,
-and the loss that turns into NaN beside the one that does not.
+and a run that trains beside one that is finite but dead.
 """
 
 import math
@@ -55,9 +55,11 @@ from _regression import (
 )
 from matplotlib.figure import Figure
 
+import optaxclip
+
 FULL = {"seeds": 16, "epochs": 100}
 QUICK = {"seeds": 2, "epochs": 30}
-WITHOUT, WITH = "rate 0.0015", "rate 0.0015, norm 200"  # of `loss_to_nan`
+ALIVE, DEAD = "global norm 1", "global norm 600"  # of `finite_but_dead`
 
 
 def textbook_settings(data: Data) -> dict[str, Setting]:
@@ -73,8 +75,8 @@ def textbook_settings(data: Data) -> dict[str, Setting]:
         "relative step 0.03": Setting(relative_step=0.03),
         "rate 0.0003": Setting(3e-4),  # the best one without a clip, on train
         "standardised target": Setting(target_mean=mean, target_std=std),
-        WITHOUT: Setting(1.5e-3),
-        WITH: Setting(1.5e-3, max_norm=200.0),
+        "rate 0.0015": Setting(1.5e-3),
+        "rate 0.0015, norm 200": Setting(1.5e-3, max_norm=200.0),
     }
 
 
@@ -184,7 +186,7 @@ PANELS = {
     "values within 0.5": "below at every step",
     "relative step 0.03": "falls with the step",
     "rate 0.0003": "no clip needed",
-    WITH: "acts, then rests",
+    "rate 0.0015, norm 200": "acts, then rests",
 }
 
 
@@ -229,42 +231,30 @@ def measured_by(setting: Setting, history: History, i: int) -> tuple[str, dict, 
     return "norm of the gradient", measured, setting.max_norm
 
 
-def plot_loss_to_nan(settings: Mapping[str, Setting], history: History) -> Figure:
-    """Shows one run without a clip and the same run with one: loss and norm."""
-    figure, axes = _figures.new_figure(2, 1, (8, 6.5), sharex=True)
-    top, bottom = axes[:, 0]
-    bad, good = (list(settings).index(name) for name in (WITHOUT, WITH))
-    max_norm, steps = settings[WITH].max_norm, np.arange(1, history.norm.shape[-1] + 1)
-    label = f"clip_by_global_norm({max_norm:g})"
-    for ax, values, end in (top, history.batch_loss, 1e6), (bottom, history.norm, 1e5):
-        without, with_clip = values[bad, 0], values[good, 0]
-        shown = np.where(without < end, without, np.nan)
-        ax.plot(steps, shown, label="no clip", **STYLES[1])
-        above = np.isfinite(without) & (without >= end)
-        _figures.mark_above(ax, steps[above], STYLES[1], "no clip, above the axis")
-        ax.plot(steps, with_clip, label=label, **STYLES[0])
-        ax.set(xscale="log", yscale="log")
-    broken = _study.last_finite(history.batch_loss[bad, 0]) + 2  # counted from 1
-    if broken <= steps.size:
-        for ax in axes.flat:
-            ax.axvline(broken, color=STYLES[1]["color"], linestyle=":")
-        text = f" NaN from\n step {broken} on"
-        top.text(broken, 5e4, text, color=STYLES[1]["color"], va="center")
-    norm = history.norm[good, 0]
-    label = f"clipped: {(norm > max_norm).sum()} of {norm.size} steps"
-    style = {"color": STYLES[0]["color"], "alpha": 0.3, "label": label}
-    bottom.fill_between(steps, max_norm, norm, (norm > max_norm).tolist(), **style)
-    bottom.axhline(max_norm, label=f"max_norm = {max_norm:g}", **LIMIT)
-    top.set(ylim=(0.03, 1e6), ylabel="loss of the batch (MSE)")
-    bottom.set(ylim=(3, 1e5), ylabel="gradient norm before the clip")
-    bottom.set(xlabel="step (log scale)")
-    for ax in axes.flat:
-        ax.legend(loc="lower left")
-    figure.suptitle(
-        "Without a clip the loss goes to NaN; with one it falls,"
-        "\nand the clip acts only as long as the gradient is large"
-    )
+def plot_finite_but_dead(settings: Mapping[str, Setting], history: History) -> Figure:
+    """Shows a run that trains beside one that is finite, and dead."""
+    figure, axes = _figures.new_figure(3, 2, (11, 8.5), height_ratios=(3, 3, 2))
+    told = {ALIVE: "the run learns", DEAD: "finite, but dead"}
+    for (*pair, grid), (name, message) in zip(axes.T, told.items(), strict=True):
+        seen = as_history(history, list(settings).index(name), settings[name].max_norm)
+        optaxclip.plot.run(seen, pair)
+        optaxclip.plot.layers(seen, grid)
+        pair[0].set_ylim(0.1, 1e5)
+        pair[1].set_ylim(0.1, 1e5)
+        clip = f"clip_by_global_norm({settings[name].max_norm:g})"
+        pair[0].set_title(f"{clip}: {message}", loc="left")
     return figure
+
+
+def as_history(history: History, setting: int, max_norm: float) -> dict[str, Any]:
+    """Returns what the first seed of a setting did, as `optaxclip.history` has it."""
+    norm, limit = history.norm[setting, 0], np.full(history.norm.shape[-1], max_norm)
+    factor = np.divide(limit, norm, out=np.ones_like(norm), where=norm > limit)
+    clip = {"clip/norm": norm, "clip/max_norm": limit, "clip/factor": factor}
+    leaves = history.leaf_norms.items()  # after the clip by the global norm
+    scopes = {f"norm/{path}": norms[setting, 0] / factor for path, norms in leaves}
+    loss = history.batch_loss[setting, 0]
+    return optaxclip.history({"loss": loss, **clip, **scopes})
 
 
 def main(arguments: Sequence[str] | None = None) -> History:
@@ -290,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
         "target": partial(plot_target, data),
         "learning_curves": partial(plot_learning_curves, list(settings), history, data),
         "gradient_norms": partial(plot_gradient_norms, settings, history),
-        "loss_to_nan": partial(plot_loss_to_nan, settings, history),
+        "finite_but_dead": partial(plot_finite_but_dead, settings, history),
     }
     _figures.save_all(figures, options.out)
     return history

@@ -5,7 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.thorough
 
-FIGURES = ("target", "learning_curves", "gradient_norms", "loss_to_nan")
+FIGURES = ("target", "learning_curves", "gradient_norms", "finite_but_dead")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,11 @@ In reading order:
   history: one form for what a run did, whatever it was seen by.
   columns: how the rows of any log become one.
   runs: where a log begins anew, and what it wrote twice.
+  meanings: what a column of a log is called here.
   logs: how a file is read, whoever wrote it.
+  texts: how a table, mappings or pairs of names and numbers are.
+  boards: how TensorBoard's event files are.
+  cells: which number is meant by what is written.
 
 May import every wing below it.
 """

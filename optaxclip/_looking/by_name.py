@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optaxclip._measure import names as _names
+from optaxclip._trees import paths as _paths
 
 Fields = dict[str, Any]  # of a state, by name
 
@@ -90,6 +91,10 @@ class Summary(Mapping[str, Any]):
     def fetched(self) -> "Summary":
         """Returns the same on the host, before somebody donates its arrays."""
         return self if self._is_traced else jax.device_get(self)
+
+    def named(self, params: Any) -> "Summary":
+        """Returns the same, whose scopes have the names that they have in params."""
+        return Summary(self._parts, tuple(_paths.paths(params)))
 
     @functools.cached_property
     def _is_traced(self) -> bool:

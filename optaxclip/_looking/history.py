@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from optaxclip._looking import columns, logs, record
-from optaxclip._trees import paths as _paths
+from optaxclip._looking import (
+    cells as _cells,
+    columns as _columns,
+    logs as _logs,
+    meanings as _meanings,
+)
+from optaxclip._looking.by_name import Summary
 
 
-def history(seen: Any, params: Any = None) -> columns.History:
+def history(seen: Any, params: Any = None) -> _columns.History:
     """Returns what a run did as columns, one number for each row, oldest first.
 
     Args:
       seen: one of
 
-        * the state of an optimizer with :func:`optaxclip.record` in it, or anything
-          that holds one; of a batch of them, by ``vmap``, take one;
         * a mapping from names to arrays of one number for each step: a
           :func:`optaxclip.summary` that ``scan`` has stacked, with the loss if you have
           it, ``{"loss": losses, **summaries}``; or a history;
@@ -28,8 +32,7 @@ def history(seen: Any, params: Any = None) -> columns.History:
           ``np.savez(path, **history)``), the ``trainer_state.json`` of Hugging Face, or
           a folder of TensorBoard's, if the package ``tensorboard`` is installed.
 
-      params: the parameters, to name the scopes of a record by; shapes will do. Without
-        them scopes are numbered.
+      params: the parameters, to name scopes by; shapes will do.
 
     Returns:
       A dictionary of arrays, each of shape ``[rows]``:
@@ -61,14 +64,15 @@ def history(seen: Any, params: Any = None) -> columns.History:
       array([0, 0, 1])
     """
     if isinstance(seen, str | os.PathLike):
-        return columns.of_rows(logs.rows(Path(seen)))
-    if records := _records(seen):
-        return columns.completed(record.rows(_only(records), _names(params)))
+        path = Path(seen)
+        if path.suffix.lower() == ".npz" and path.is_file():
+            return _columns.of_columns(_logs.arrays(path))
+        return _columns.of_rows(_logs.rows(path))
     if isinstance(seen, Mapping):
-        return columns.of_columns(jax.device_get(dict(seen)))
-    if _is_rows(seen):
-        rows = jax.device_get([dict(row) for row in seen])
-        return columns.of_rows([dict(logs.numbers(row)) for row in rows])
+        return _columns.of_columns(jax.device_get(_named(seen, params)))
+    if isinstance(seen, Sequence) and seen and all(map(_is_mapping, seen)):
+        fetched = jax.device_get([_named(row, params) for row in seen])
+        return _columns.of_rows([_of_one_step(row) for row in fetched])
     raise TypeError(
         "Expected the state of an optimizer with `optaxclip.record` in it, stacked"
         " summaries, a list of them, or the path of a log; got"
@@ -76,28 +80,26 @@ def history(seen: Any, params: Any = None) -> columns.History:
     )
 
 
-def _records(seen: Any) -> list[tuple[Any, record.RecordState]]:
-    """Returns every record in a state, with the path to it."""
-    found = jax.tree_util.tree_leaves_with_path(
-        seen, is_leaf=lambda x: isinstance(x, record.RecordState)
-    )
-    return [(path, x) for path, x in found if isinstance(x, record.RecordState)]
+def _is_mapping(seen: Any) -> bool:
+    return isinstance(seen, Mapping)
 
 
-def _only(records: list[tuple[Any, record.RecordState]]) -> record.RecordState:
-    if len(records) > 1:
-        places = ", ".join(f"state{jax.tree_util.keystr(path)}" for path, _ in records)
-        raise ValueError(
-            f"Expected a state with one record, found {len(records)}, at {places}. Pass"
-            " one of them."
-        )
-    return records[0][1]
+def _named(seen: Any, params: Any) -> Any:
+    """Returns the same with the names of scopes in its summaries, still unfetched."""
+    if isinstance(seen, Summary):
+        return seen if params is None else seen.named(params)
+    if isinstance(seen, Mapping):
+        return {key: _named(value, params) for key, value in seen.items()}
+    return seen
 
 
-def _names(params: Any) -> list[str]:
-    return [] if params is None else _paths.paths(params)
-
-
-def _is_rows(seen: Any) -> bool:
-    is_list = isinstance(seen, Sequence) and len(seen) > 0
-    return is_list and all(isinstance(row, Mapping) for row in seen)
+def _of_one_step(row: Mapping[str, Any]) -> _cells.Row:
+    for name, value in _cells.flat(row):
+        if np.ndim(value) and _meanings.is_of_training(_meanings.meaning(name)):
+            raise ValueError(
+                "Expected one number for each name in each row of the list, got shape"
+                f" {np.shape(value)} for {name}. Of a batch of runs take one:"
+                " `jax.tree.map(lambda x: x[0], seen)`; of stacked summaries pass the"
+                " mapping itself."
+            )
+    return _cells.numbers(row)

@@ -1,24 +1,31 @@
 """Where does a log begin anew, and what did it write twice?"""
 
 import itertools
-import re
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from optaxclip._looking.logs import Row
-
-_TRAINING = re.compile(r"loss|norm(/.+)?|(clip|clip_0)/norm(/.+)?")
-
-
-def is_of_training(name: str) -> bool:
-    """Whether a column is one that evaluations don't have: the loss, or a norm."""
-    return _TRAINING.fullmatch(name) is not None
+from optaxclip._looking import meanings as _meanings
+from optaxclip._looking.cells import Row
 
 
 def of_training(row: Row) -> Row:
     """Returns the loss and the norms of a row."""
-    return {key: value for key, value in row.items() if is_of_training(key)}
+    return {k: value for k, value in row.items() if _meanings.is_of_training(k)}
+
+
+def placed(rows: Sequence[Row]) -> list[Row]:
+    """Returns rows with a step each, oldest first.
+
+    Rows without one are left out where most have one, else all are numbered.
+    """
+    found = [row for row in rows if math.isfinite(row.get("step", math.nan))]
+    if 2 * len(found) < len(rows) or not found:
+        return [row | {"step": i} for i, row in enumerate(rows)]
+    falls = [a["step"] - b["step"] for a, b in itertools.pairwise(found)]
+    is_newest_first = len(falls) > 1 and min(falls) >= 0 and max(falls) > 0
+    return found[::-1] if is_newest_first else found
 
 
 def divided(rows: Sequence[Row]) -> list[list[Row]]:
@@ -33,12 +40,13 @@ def divided(rows: Sequence[Row]) -> list[list[Row]]:
         run = runs[-1]
         step = row["step"] + offset
         if run and step < run[-1]["step"]:
-            last = run[-1]
-            if step > run[0]["step"] + offset:
-                runs[-1] = run = [x for x in run if x["step"] < step]
-            elif _goes_on(run, row):
-                usual = np.median(np.diff([x["step"] for x in run])) if run[1:] else 1
-                offset = last["step"] + max(usual, 1) - row["step"]
+            if _goes_on(run, row, row["step"] <= run[0]["step"]):
+                recent = [x["step"] for x in run[-100:]]
+                usual = np.median(np.diff(recent)) if recent[1:] else 1
+                offset = recent[-1] + max(usual, 1) - row["step"]
+            elif row["step"] > run[0]["step"]:
+                while run[-1]["step"] >= step:
+                    run.pop()
             else:
                 runs.append(run := [])
                 offset = 0.0
@@ -46,25 +54,27 @@ def divided(rows: Sequence[Row]) -> list[list[Row]]:
     return runs
 
 
-def _goes_on(run: Sequence[Row], row: Row) -> bool:
-    """Whether a step that goes back to the first is of the same run.
+def _goes_on(run: Sequence[Row], row: Row, is_first: bool) -> bool:
+    """Whether a row whose step goes back is of the same run, and of what comes next.
 
-    Then the epoch is a later one, or the loss is nearer to the last ones than to the
-    first.
+    Then the epoch is a later one; or the step is the first one, and the loss nearer to
+    the last ones than to the first.
     """
     if "epoch" in row and "epoch" in run[-1]:
         return row["epoch"] > run[-1]["epoch"]
-    losses = [x["loss"] for x in run if "loss" in x]
-    if "loss" not in row or len(losses) < 3:
+    losses = [x["loss"] for x in run[-9:] if "loss" in x]
+    first = next((x["loss"] for x in run if "loss" in x), math.nan)
+    if not is_first or "loss" not in row or len(losses) < 3:
         return False
     last = float(np.median(losses[-3:]))
-    return abs(row["loss"] - last) < abs(row["loss"] - losses[0])
+    return abs(row["loss"] - last) < abs(row["loss"] - first)
 
 
 def merged(run: Sequence[Row]) -> list[Row]:
     """Joins rows of one step: what one lacks is in another, and the last counts.
 
-    Where more than a tenth repeat the step before, it is rounded, and all stay.
+    Where more than a tenth repeat the step before, it is rounded: all stay, evenly
+    spread up to the next step.
     """
     rows: list[Row] = []
     pairs = itertools.pairwise(run)
@@ -75,7 +85,17 @@ def merged(run: Sequence[Row]) -> list[Row]:
         if same and not (is_rounded and _clash(rows[-1], row)):
             row = rows.pop() | row
         rows.append(row)
-    return rows
+    rows = [row for row in rows if of_training(row)]
+    return _spread(rows) if is_rounded else rows
+
+
+def _spread(rows: Sequence[Row]) -> list[Row]:
+    steps, counts = np.unique([row["step"] for row in rows], return_counts=True)
+    last = steps[-1] + (steps[-1] - steps[0]) / max(len(steps) - 1, 1)
+    starts = np.cumsum(counts) - counts
+    places = np.append(starts, len(rows))
+    even = np.interp(np.arange(len(rows)), places, np.append(steps, last))
+    return [row | {"step": float(x)} for row, x in zip(rows, even, strict=True)]
 
 
 def _clash(one: Row, other: Row) -> bool:

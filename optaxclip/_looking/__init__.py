@@ -9,6 +9,7 @@ In reading order:
   stretches: how a run of any length fits into fixed memory.
   history: one form for what a run did, whatever it was seen by.
   columns: how the rows of any log become one.
+  counts: what follows from what clips and guards counted.
   runs: where a log begins anew, and what it wrote twice.
   meanings: what a column of a log is called here.
   logs: how a file is read, whoever wrote it.

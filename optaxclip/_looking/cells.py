@@ -10,10 +10,8 @@ import numpy as np
 Row = dict[str, float]
 
 _NUMBER = re.compile(
-    r"([-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?\.?\d*(?:e[-+]?\d+)?)([kmb]?)",
-    re.IGNORECASE,
+    r"([-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?)([kmb]?)", re.IGNORECASE
 )
-_WORDS = {"nan": np.nan, "inf": np.inf, "infinity": np.inf}
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
 
 
@@ -50,10 +48,9 @@ def is_numeric(array: Any) -> bool:
 
 
 def _written(text: str) -> float | None:
-    if (word := text.lstrip("+-").casefold()) in _WORDS:
-        return -_WORDS[word] if text[0] == "-" else _WORDS[word]
-    found = _NUMBER.fullmatch(text)
     try:
-        return found and float(found[1].replace(",", "")) * _UNITS[found[2].lower()]
+        return float(text)  # `NaN` and `-Infinity`, too
     except ValueError:
-        return None
+        found = _NUMBER.fullmatch(text)
+        digits = found[1].replace(",", "") if found else ""
+    return float(digits) * _UNITS[found[2].lower()] if found else None

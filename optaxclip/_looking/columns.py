@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from optaxclip._looking import cells as _cells, meanings as _meanings, runs as _runs
+from optaxclip._looking import (
+    cells as _cells,
+    counts as _counts,
+    meanings as _meanings,
+    runs as _runs,
+)
 from optaxclip._looking.cells import Row
-
-History = dict[str, np.ndarray]
+from optaxclip._looking.counts import History
 
 _WHOLE = ("step", "width", "run", "clipped", "skipped", "nonfinite")
 _FIRST = ("step", "width", "run", "loss", "norm", "learning_rate", *_WHOLE[3:])
@@ -74,23 +78,21 @@ def completed(columns: History, present: Mapping[str, np.ndarray]) -> History:
     training = [key for key in columns if _meanings.is_of_training(key)]
     if not training:
         raise _nothing(columns)
-    history = _with_norms(columns)
+    history = _counts.with_norms(columns)
     are_bad = [
-        ~np.isfinite(columns[key]) & present.get(key, True) & _is_new(columns, key)
+        ~np.isfinite(columns[key])
+        & present.get(key, True)
+        & _counts.is_new(columns, key)
         for key in training
     ]
     history.setdefault("nonfinite", np.any(are_bad, axis=0))
-    history.setdefault("step", _steps(columns, len(are_bad[0])))
+    history.setdefault("step", _counts.steps(columns, len(are_bad[0])))
     history = {key: _whole(key, column) for key, column in history.items()}
     history.setdefault("width", _widths(history["step"], history.get("run")))
-    skipped = _skipped(history)
-    if skips := _of("skipped_count", columns):
-        history.setdefault("skipped", skipped.astype(np.int64))
-    factors = _of("factor", columns)
-    if factors:
-        clipped = [(columns[key] < 1) & _is_new(columns, key) for key in factors]
-        clipped = np.any(clipped, axis=0) & ((skipped == 0) if skips else True)
-        history.setdefault("clipped", clipped.astype(np.int64))
+    if _counts.of("skipped_count", columns):
+        history.setdefault("skipped", _counts.skipped(history).astype(np.int64))
+    if _counts.of("factor", columns):
+        history.setdefault("clipped", _counts.clipped(history).astype(np.int64))
     if "run" in history and not history["run"].any():
         del history["run"]
     return _ordered(history)
@@ -128,77 +130,6 @@ def _without_blanks(rows: Sequence[Row]) -> list[Row]:
     if (False, True) in found and (True, False) in found:
         return [x for x, side in zip(rows, found, strict=True) if side != (False, True)]
     return list(rows)
-
-
-def _of(what: str, columns: History) -> list[str]:
-    """Returns the names of a statistic, of all clips and guards."""
-    every = {key: _meanings.statistic(key) for key in columns}
-    return [key for key, found in every.items() if found and found.what == what]
-
-
-def _is_new(columns: History, name: str) -> np.ndarray | bool:
-    """Whether a clip saw something at each step; at one that was skipped it did not."""
-    found = _meanings.statistic(name)
-    if found is None:
-        return True
-    label = f"/{found.label}" if found.label else ""
-    count = columns.get(f"{found.kind}{found.number}{label}/update_count")
-    return True if count is None else np.diff(count, prepend=0) != 0
-
-
-def _with_norms(columns: History) -> History:
-    """Returns the columns and the norms that the first clip saw, where there are none.
-
-    Of norms of scopes alone, the total is the root of the sum of their squares.
-    """
-    history = dict(columns)
-    for key in _of("norm", columns):
-        _, number, label, _, scope = _meanings.statistic(key) or [""] * 5
-        if key.startswith("clip") and number in ("", "_0") and not label:
-            seen = np.where(_is_new(columns, key), columns[key], np.nan)
-            history.setdefault(f"norm/{scope}".removesuffix("/"), seen)
-    norms = {key: x for key, x in history.items() if key.startswith("norm/")}
-    is_nested = any(x.startswith(f"{y}/") for x in norms for y in norms)
-    if norms and "norm" not in history and not is_nested:
-        every = np.array([*norms.values()])
-        largest = np.max(every, axis=0)  # whose square may overflow
-        scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1)
-        history["norm"] = scale * np.sqrt(np.sum((every / scale) ** 2, axis=0))
-    return history
-
-
-def _steps(columns: History, length: int) -> np.ndarray:
-    """Returns the number of each step, by what clips and guards counted if they can.
-
-    A guard around a clip keeps it from counting what is skipped; the guard's own count
-    is in its share.
-    """
-    for key in _of("update_count", columns)[:1]:
-        steps = columns[key]
-        for name in _of("skipped_count", columns):
-            skips = columns[name]
-            share = columns[name.replace("skipped_count", "skipped_fraction")]
-            total = skips / np.where(share > 0, share, 1)
-            steps = np.maximum(steps, np.round(total))
-        if length == 1 or (np.diff(steps) > 0).all():
-            return np.maximum(steps - 1, 0)
-    return np.arange(length)
-
-
-def _skipped(history: History) -> np.ndarray:
-    """Returns how many steps of each row guards skipped.
-
-    Of those before the first row only the last is known to be in it.
-    """
-    every = np.zeros(len(history["step"]))
-    begins = history["step"][0] < history["width"][0]
-    for key in _of("skipped_count", history):
-        counts = history[key]
-        last = history[key.replace("skipped_count", "consecutive_count")][0]
-        first = counts[0] if begins else min(counts[0], last, history["width"][0])
-        change = np.diff(counts, prepend=counts[0] - first)
-        every = every + np.where(change < 0, counts, change)
-    return every
 
 
 def _widths(steps: np.ndarray, runs: np.ndarray | None) -> np.ndarray:

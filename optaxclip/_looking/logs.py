@@ -88,20 +88,16 @@ def _of_text(text: str, path: Path) -> Raw:
         return found
     if start == "{":
         return _texts.mappings(text, path)
-    if "{" in text:
-        try:
-            found = _texts.mappings(text, path)
-        except ValueError:
-            found = []
-        if _tells(found):
-            return found
-    found = _texts.pairs(text)
-    return found if _tells(found) else _texts.table(text, path)
+    mappings, pairs = _texts.printed(text), _texts.pairs(text)
+    if (count := _telling(mappings)) and count >= _telling(pairs):
+        return mappings
+    return pairs if _telling(pairs) > 1 else _texts.table(text, path)
 
 
-def _tells(raw: Raw) -> bool:
-    names = {name for row in raw for name, x in _cells.numbers(row).items()}
-    return any(_meanings.is_of_training(_meanings.meaning(name)) for name in names)
+def _telling(raw: Raw) -> int:
+    """Returns how many rows have a loss or a norm in them."""
+    every = [map(_meanings.meaning, _cells.numbers(row)) for row in raw]
+    return sum(any(map(_meanings.is_of_training, names)) for names in every)
 
 
 def _of_json(text: str, path: Path) -> Raw:

@@ -149,6 +149,8 @@ def _read(name: str) -> tuple[str, Any, Any]:
     if found and not _OTHERS & {*_words(found[1])}:
         if not {*_words(found[2])} <= _NO_SCOPE:
             return f"norm/{found[2]}", False, 0
+        if _AVERAGES & {*_words(found[2])}:  # of the scopes
+            return name, False, 0
     words = _words(name)
     phrase = " ".join(x for x in words if x not in _PLACES | _AVERAGES)
     if _OTHERS - {"update", "updates"} & {*words} or phrase not in _RANKS:

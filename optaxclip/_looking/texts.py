@@ -11,10 +11,8 @@ from optaxclip._looking import cells as _cells, meanings as _meanings
 
 Raw = list[dict[str, Any]]
 
-_PAIR = re.compile(
-    r"\b([A-Za-z][\w/.-]*(?: [A-Za-z][\w/.-]*){0,3})\s*[:=]\s*([\w.,+-]+)"
-)
-_STEP = re.compile(r"\b(?:step|iter|iteration)\W{0,3}(\d+)", re.IGNORECASE)
+_WORD = r"(?!nan\b|inf\b|INFO\b|DEBUG\b|WARNING\b)[A-Za-z][\w/.-]*"
+_PAIR = re.compile(rf"\b({_WORD}(?: {_WORD}){{0,3}})(?:\s*[:=]\s*|\s+)([\w.,+-]+)")
 _COMMA = re.compile(r"[-+]?[\d.]*\d,\d[\d,.]*(?:e[-+]?\d+)?", re.IGNORECASE)
 _POINT = re.compile(r"[-+]?\d*\.\d+(?:e[-+]?\d+)?", re.IGNORECASE)
 _GROUPS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+")
@@ -25,8 +23,8 @@ def mappings(text: str, path: Path) -> Raw:
 
     A line may be torn: the run may still be going on, or have been killed.
     """
-    lines = [line.strip() for line in text.split("\n") if "{" in line]
-    found = [row for line in lines if isinstance(row := _mapping(line), dict)]
+    lines = [line.strip() for line in text.split("\n")]
+    found = printed(text)
     count = sum(line.startswith("{") for line in lines)
     if count - len(found) > max(1, count / 10) or not found:
         raise ValueError(
@@ -34,6 +32,12 @@ def mappings(text: str, path: Path) -> Raw:
             " lines that begin with a brace."
         )
     return found
+
+
+def printed(text: str) -> Raw:
+    """Returns the mappings in lines that may have more before and after them."""
+    lines = [line for line in text.split("\n") if "{" in line]
+    return [row for line in lines if isinstance(row := _mapping(line), dict)]
 
 
 def _mapping(line: str) -> Any:
@@ -54,16 +58,12 @@ def _mapping(line: str) -> Any:
 def pairs(text: str) -> Raw:
     """Reads lines such as `step 200 | loss: 1.5 lr=1e-4`, but for evaluations."""
     rows = []
-    for line in text.split("\n"):
+    for line in re.findall(".*[A-Za-z]{2}.*", text):
         words = {*re.findall("[a-z]+", line.lower())}
-        if _meanings.EVALUATIONS & words:
-            continue
-        found = _PAIR.findall(line)
-        names = [name for name, _ in found]
-        row = {name: x.rstrip(",.") for name, x in found if names.count(name) == 1}
-        if len(row) > 1 and (step := _STEP.search(line)):
-            row = {"step": step[1]} | row
-        rows.append(row)
+        if not _meanings.EVALUATIONS & words:
+            found = _PAIR.findall(line)
+            names = [name for name, _ in found]
+            rows.append({k: x.rstrip(",.") for k, x in found if names.count(k) == 1})
     return rows
 
 
@@ -84,10 +84,11 @@ def table(text: str, path: Path) -> Raw:
     if separator != ",":
         rows = _with_points(rows, path)
     found, torn = [], []
-    names = rows[0]
+    names, words = rows[0], {*rows[0]} - {""}
     for row in rows:
-        if _is_head(row) and {*row} & {*names} - {""}:
+        if not words.isdisjoint(row) and _is_head(row):
             names = _unique(row, path)
+            words = {*names} - {""}
         elif len(row) < len(names) or any(row[len(names) :]):
             torn.append(row)
         else:
@@ -137,8 +138,8 @@ def _with_points(rows: list[list[str]], path: Path) -> list[list[str]]:
     has_points = any(_POINT.fullmatch(cell) for row in rows for cell in row)
     if has_points or all(map(_GROUPS.fullmatch, found)) or any("." in x for x in found):
         raise ValueError(
-            f"Expected decimal points or decimal commas in {path}, got {found[0]!r}, which"
-            " may be either. Write points."
+            f"Expected decimal points or decimal commas in {path}, got {found[0]!r},"
+            " which may be either. Write points."
         )
     return [
         [x.replace(",", ".") if _COMMA.fullmatch(x) else x for x in row] for row in rows

@@ -121,10 +121,12 @@ def _without_blanks(rows: Sequence[Row]) -> list[Row]:
     names = {name for row in rows for name in row}
     elsewhere = [name for name in names if _meanings.is_of_evaluation(name)]
 
+    def some(values: Row) -> bool | None:
+        return any(map(np.isfinite, values.values())) if values else None
+
     def sides(row: Row) -> tuple[bool | None, bool | None]:
-        both = _runs.of_training(row), {k: row[k] for k in elsewhere if k in row}
-        ends = [np.isfinite([*x.values()]) if x else None for x in both]
-        return tuple(None if x is None else bool(x.any()) for x in ends)
+        of_evaluation = {key: row[key] for key in elsewhere if key in row}
+        return some(_runs.of_training(row)), some(of_evaluation)
 
     found = [sides(row) for row in rows] if elsewhere else []
     if (False, True) in found and (True, False) in found:

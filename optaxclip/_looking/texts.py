@@ -13,6 +13,7 @@ Raw = list[dict[str, Any]]
 
 _WORD = r"(?!nan\b|inf\b|INFO\b|DEBUG\b|WARNING\b)[A-Za-z][\w/.-]*"
 _PAIR = re.compile(rf"\b({_WORD}(?: {_WORD}){{0,3}})(?:\s*[:=]\s*|\s+)([\w.,+-]+)")
+_LETTERS = re.compile("[A-Za-z]{2}")
 _COMMA = re.compile(r"[-+]?[\d.]*\d,\d[\d,.]*(?:e[-+]?\d+)?", re.IGNORECASE)
 _POINT = re.compile(r"[-+]?\d*\.\d+(?:e[-+]?\d+)?", re.IGNORECASE)
 _GROUPS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+")
@@ -58,7 +59,7 @@ def _mapping(line: str) -> Any:
 def pairs(text: str) -> Raw:
     """Reads lines such as `step 200 | loss: 1.5 lr=1e-4`, but for evaluations."""
     rows = []
-    for line in re.findall(".*[A-Za-z]{2}.*", text):
+    for line in filter(_LETTERS.search, text.split("\n")):
         words = {*re.findall("[a-z]+", line.lower())}
         if not _meanings.EVALUATIONS & words:
             found = _PAIR.findall(line)

@@ -3,6 +3,7 @@
 import csv
 import json
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,10 @@ def test_a_clip_by_value_alone_is_a_history():
 
 
 def test_the_norm_of_a_part_of_the_params_is_not_the_global_one():
-    parts = {"x": optaxclip.clip_by_global_norm(1.0), "y": optax.identity()}
+    parts: dict[Any, Any] = {
+        "x": optaxclip.clip_by_global_norm(1.0),
+        "y": optax.identity(),
+    }
     found = optaxclip.history(run(optax.partition(parts, {"a": {"k": "x"}, "b": "y"})))
     assert "norm" not in found
     assert found["clipped"].tolist() == [0, 1, 0, 1, found["clipped"][4], 0]
@@ -290,7 +294,8 @@ def test_a_history_survives_lines_of_json(tmp_path_factory, found):
 
 def test_several_runs_in_a_history_survive_a_file(tmp_path):
     seen = {"step": [0, 1, 0, 1], "run": [0, 0, 1, 1], "loss": [2.0, 1.0, 1.0, 1.0]}
-    found = optaxclip.history(seen | {"width": [1] * 4, "nonfinite": [0] * 4})
+    seen |= {"width": [1] * 4, "nonfinite": [0] * 4}
+    found: dict[str, Any] = {**optaxclip.history(seen)}
     np.savez(tmp_path / "run.npz", **found)
     (tmp_path / "run.json").write_text(
         json.dumps({name: column.tolist() for name, column in found.items()})

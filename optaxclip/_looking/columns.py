@@ -57,15 +57,22 @@ def of_columns(seen: Mapping[str, Any]) -> History:
             f" {shapes | others}. Of a batch of runs take one:"
             " `jax.tree.map(lambda x: x[0], seen)`."
         )
+    names = _meanings.chosen([{key: _fraction(arrays[key]) for key in shapes}])
+    columns = {new: arrays[old].astype(float) for old, new in names.items()}
     is_ragged = others or any(map(_meanings.is_of_evaluation, shapes))
-    if is_ragged and not _meanings.is_history(shapes):
-        columns = [arrays[name].tolist() for name in (*shapes, *others)]
-        table = zip(*columns, strict=True)
-        return of_rows(
-            [_cells.numbers(dict(zip(arrays, x, strict=True))) for x in table]
-        )
-    names = _meanings.chosen([dict.fromkeys(shapes, 0.0)])
-    return completed({new: arrays[old].astype(float) for old, new in names.items()}, {})
+    is_in_order = (np.diff(columns.get("step", np.arange(2))) > 0).all()
+    if _meanings.is_history(names) or (is_in_order and not is_ragged):
+        return completed(columns, {})
+    order = (*shapes, *others)
+    table = zip(*(arrays[name].tolist() for name in order), strict=True)
+    rows = [dict(zip(order, row, strict=True)) for row in table]
+    return of_rows(_meanings.training(rows))
+
+
+def _fraction(column: np.ndarray) -> float:
+    """Returns by how much a column is off whole numbers."""
+    finite = column.astype(float)[np.isfinite(column.astype(float))]
+    return float(np.max(np.abs(finite - np.round(finite)), initial=0))
 
 
 def completed(columns: History, present: Mapping[str, np.ndarray]) -> History:

@@ -23,37 +23,46 @@ def history(seen: Any, params: Any = None) -> _columns.History:
     Args:
       seen: one of
 
-        * a mapping from names to arrays of one number for each step: a
-          :func:`optaxclip.summary` that ``scan`` has stacked, with the loss if you have
-          it, ``{"loss": losses, **summaries}``; or a history;
+        * a mapping from names to arrays of one number for each step, where nothing is
+          missing: a :func:`optaxclip.summary` that ``scan`` has stacked, with the loss
+          if you have it, ``{"loss": losses, **summaries}``; or a history;
         * a list of mappings from names to numbers, one for each step logged:
-          ``[{"loss": loss, **optaxclip.summary(opt_state)}, ...]``;
-        * the path of a log, of any framework: ``.csv``, ``.jsonl``, ``.npz`` (made by
-          ``np.savez(path, **history)``), the ``trainer_state.json`` of Hugging Face, or
-          a folder of TensorBoard's, if the package ``tensorboard`` is installed.
+          ``[{"loss": loss, **optaxclip.summary(opt_state)}, ...]``. What is missing is
+          None or not there;
+        * the path of a log of any framework: a table (``.csv``, with commas, semicolons
+          or tabs), a mapping a line (``.jsonl``, or as Python prints it), lines such as
+          ``step 10 | loss: 2.5``, the ``trainer_state.json`` of Hugging Face, a
+          ``.npz`` (made by ``np.savez(path, **history)``), or a folder of
+          TensorBoard's, if the package ``tensorboard`` is installed.
 
-      params: the parameters, to name scopes by; shapes will do.
+      params: the parameters, to name the scopes of summaries that were made without;
+        shapes will do.
 
     Returns:
       A dictionary of arrays, each of shape ``[rows]``:
 
       * ``step``, int64, and ``width``, how many steps the row stands for;
-      * ``loss``, ``norm`` (before the clip), ``learning_rate``, float64, where there
-        are any; NaN where a row has none;
+      * ``loss``, ``norm`` (global, before the first clip), ``learning_rate``, float64,
+        where there are any; NaN where a row has none, as at a step that was skipped;
       * ``norm/<path>``: of the scopes; ``clip/...``: what :func:`optaxclip.summary`
         shows;
-      * ``nonfinite``, ``clipped``, ``skipped``: at how many of the row's steps the loss
-        or a norm was NaN or infinite, a factor was below 1, a guard skipped the step;
-      * ``run``, where a file holds several runs: their number.
+      * ``nonfinite``: whether the row's loss or a norm was NaN or infinite; missing is
+        neither. ``clipped``, ``skipped``: at how many of the row's steps a factor was
+        below 1 (of several clips and scopes, the most of one), or a guard skipped;
+      * ``run``, where a file holds several runs: their number;
+      * what else there is, under its own name.
 
       Of a log, rows of evaluations are left out, steps that a resumed run did once more
       replace what was there, and columns are renamed: ``grad_norm`` is ``norm``,
-      ``lr`` is ``learning_rate``, ``train/loss`` is ``loss``.
+      ``lr`` is ``learning_rate``, ``train/loss`` is ``loss``. Only names that mean one
+      thing are: ``eval_loss``, ``param_norm`` or ``grad_norm_clipped`` never are. In
+      :func:`optax.partition` no clip sees the global norm, nor does one behind
+      :func:`clip_by_value`; log it yourself, as ``norm``.
 
     Raises:
       TypeError: there is no history in what was passed.
-      ValueError: the file is none, or has neither a loss nor a norm; columns differ in
-        length, or have further axes.
+      ValueError: the file is none, or has neither a loss nor a norm; it can be read in
+        two ways; columns differ in length, or have further axes.
 
     Examples:
       >>> losses, norms = [2.3, 2.1, float("nan")], [1.5, 40.0, float("nan")]
@@ -72,7 +81,7 @@ def history(seen: Any, params: Any = None) -> _columns.History:
         return _columns.of_columns(jax.device_get(_named(seen, params)))
     if isinstance(seen, Sequence) and seen and all(map(_is_mapping, seen)):
         fetched = jax.device_get([_named(row, params) for row in seen])
-        return _columns.of_rows([_of_one_step(row) for row in fetched])
+        return _columns.of_rows(_meanings.training([_of_one_step(x) for x in fetched]))
     raise TypeError(
         "Expected the state of an optimizer with `optaxclip.record` in it, stacked"
         " summaries, a list of them, or the path of a log; got"
@@ -93,8 +102,9 @@ def _named(seen: Any, params: Any) -> Any:
     return seen
 
 
-def _of_one_step(row: Mapping[str, Any]) -> _cells.Row:
-    for name, value in _cells.flat(row):
+def _of_one_step(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat = dict(_cells.flat(row))
+    for name, value in flat.items():
         if np.ndim(value) and _meanings.is_of_training(_meanings.meaning(name)):
             raise ValueError(
                 "Expected one number for each name in each row of the list, got shape"
@@ -102,4 +112,4 @@ def _of_one_step(row: Mapping[str, Any]) -> _cells.Row:
                 " `jax.tree.map(lambda x: x[0], seen)`; of stacked summaries pass the"
                 " mapping itself."
             )
-    return _cells.numbers(row)
+    return flat

@@ -24,8 +24,6 @@ _KINDS = (
     "a .npz, .csv or .jsonl file, a `trainer_state.json`, or a folder with event files"
     " of TensorBoard"
 )
-# What may say in a row that it is an evaluation's.
-_TAGS = {"mode", "split", "phase", "stage", "subset", "set", "dataset", "event", "type"}
 
 
 def rows(path: Path) -> list[Row]:
@@ -40,7 +38,7 @@ def rows(path: Path) -> list[Row]:
         raw: Raw = _boards.rows(path)
     else:
         raw = _of_text(_text(path), path)
-    found = _numbers(raw)
+    found = _meanings.training(raw)
     if not found:
         raise ValueError(
             f"Expected rows with numbers in {path}, found none. A log is {_KINDS}."
@@ -55,20 +53,6 @@ def arrays(path: Path) -> dict[str, Any]:
             return dict(file)
     except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"Expected arrays in {path}, got none: {error}.") from None
-
-
-def _numbers(raw: Raw) -> list[Row]:
-    kept = [row for row in raw if not _is_evaluation(row)]
-    return [found for row in kept if (found := _cells.numbers(row))]
-
-
-def _is_evaluation(row: dict[str, Any]) -> bool:
-    return any(
-        isinstance(x, str)
-        and x.strip().casefold() in _meanings.EVALUATIONS
-        and str(key).casefold() in _TAGS
-        for key, x in row.items()
-    )
 
 
 def _text(path: Path) -> str:

@@ -8,9 +8,10 @@ clip, of the params or the updates, is another thing.
 import collections
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from optaxclip._looking import cells as _cells
 from optaxclip._looking.cells import Row
 
 EVALUATIONS = {"eval", "evaluation", "val", "valid", "validation", "test", "testing"}
@@ -53,6 +54,9 @@ _OURS = re.compile(
     r"|last_skipped_step|culprit|largest_norm|nonfinite_fraction|calls)(?:/(.+))?"
 )
 
+# What may say in a row that it is an evaluation's.
+_TAGS = {"mode", "split", "phase", "stage", "subset", "set", "dataset", "event", "type"}
+
 
 class Statistic(NamedTuple):
     """A name of a summary, in parts; those that it lacks are empty."""
@@ -88,6 +92,17 @@ def is_of_training(name: str) -> bool:
 def is_of_evaluation(name: str) -> bool:
     """Whether a column is one that only evaluations have."""
     return bool(EVALUATIONS & {*_words(name)}) and not is_of_training(meaning(name))
+
+
+def training(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Returns the numbers of rows, but of those that say they are an evaluation's."""
+    kept = [row for row in rows if not any(_says_so(*item) for item in row.items())]
+    return [found for row in kept if (found := _cells.numbers(row))]
+
+
+def _says_so(key: str, value: Any) -> bool:
+    is_word = isinstance(value, str) and value.strip().casefold() in EVALUATIONS
+    return is_word and str(key).casefold() in _TAGS
 
 
 def is_history(names: Iterable[str]) -> bool:

@@ -206,6 +206,28 @@ def test_keras_columns_keep_the_validation_apart():
     assert found["nonfinite"].tolist() == [0, 1]
 
 
+def test_columns_of_words_neither_shift_the_others_nor_hide_evaluations():
+    seen = {"split": ["train", "val", "train"], "loss": [2, 9, 1], "norm": [5, None, 6]}
+    found = optaxclip.history(seen)
+    assert [*found] == ["step", "width", "loss", "norm", "nonfinite"]
+    assert [found["loss"].tolist(), found["norm"].tolist()] == [[2, 1], [5, 6]]
+    rows = [
+        dict(zip(seen, row, strict=True)) for row in zip(*seen.values(), strict=True)
+    ]
+    assert_same(optaxclip.history(rows), found)
+
+
+def test_columns_in_which_the_step_goes_back_are_divided_into_runs():
+    found = optaxclip.history({"step": [10, 20, 10, 20], "loss": [3.0, 2.0, 3.1, 2.1]})
+    assert found["run"].tolist() == [0, 0, 1, 1]
+    assert found["width"].tolist() == [10] * 4
+
+
+def test_a_share_of_an_epoch_in_columns_is_no_step():
+    found = optaxclip.history({"update": [0.5, 1.0, 1.5], "loss": [3.0, 2.0, 1.0]})
+    assert found["step"].tolist() == [0, 1, 2]
+
+
 def test_in_a_list_what_is_missing_is_not_nonfinite():
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "norm": 1.0}]
     found = optaxclip.history([*rows, {"step": 3, "loss": np.nan, "norm": 1.0}])

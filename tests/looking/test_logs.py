@@ -97,11 +97,14 @@ def test_a_share_of_an_epoch_is_no_step(read):
         {"update": i / 4, "num_updates": f"{100 * i}", "loss": "2.5"} for i in (1, 2)
     ]
     assert read(lines(*rows), "step", "loss") == [[100, 200], [2.5, 2.5]]
+    rows = [{"update": i / 4, "loss": "2.5"} for i in (1, 2)]
+    assert read(lines(*rows), "step") == [[0, 1]]
 
 
 def test_the_step_of_the_run_is_preferred_to_others(read):
     row = {"step": 3, "_step": 77, "global_step": 1003, "loss": 1.0}
     assert read(lines(row), "step") == [[1003]]
+    assert read(lines({"_step": 77, "iteration": 3, "loss": 1.0}), "step") == [[3]]
 
 
 def test_norms_of_scopes_are_named_by_them(read):

@@ -47,7 +47,7 @@ def of_rows(rows: Sequence[Row]) -> History:
 
 def of_columns(seen: Mapping[str, Any]) -> History:
     """Returns the history of columns, or of one row, where nothing is missing."""
-    arrays = {k: np.atleast_1d(np.asarray(v)) for k, v in _cells.flat(seen)}
+    arrays = {k: np.atleast_1d(_array(v)) for k, v in _cells.flat(seen)}
     shapes = {k: x.shape for k, x in arrays.items() if _cells.is_numeric(x)}
     others = {k: x.shape for k, x in arrays.items() if x.dtype.kind in "OU"}
     every = {*shapes.values(), *others.values()}
@@ -67,6 +67,13 @@ def of_columns(seen: Mapping[str, Any]) -> History:
     table = zip(*(arrays[name].tolist() for name in order), strict=True)
     rows = [dict(zip(order, row, strict=True)) for row in table]
     return of_rows(_meanings.training(rows))
+
+
+def _array(values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists that differ in length
+        return np.full(len(values), None)
 
 
 def _fraction(column: np.ndarray) -> float:
@@ -123,7 +130,8 @@ def _arrays(rows: Sequence[Row]) -> tuple[History, History]:
 def _without_blanks(rows: Sequence[Row]) -> list[Row]:
     """Leaves out rows of evaluations in tables that write NaN for what is missing.
 
-    There the loss is NaN where an evaluation's is not, and the reverse.
+    There the loss is NaN where an evaluation's is not, and the reverse. Then a NaN
+    beside a loss or a norm that is finite is missing, too.
     """
     names = {name for row in rows for name in row}
     elsewhere = [name for name in names if _meanings.is_of_evaluation(name)]
@@ -136,9 +144,13 @@ def _without_blanks(rows: Sequence[Row]) -> list[Row]:
         return some(_runs.of_training(row)), some(of_evaluation)
 
     found = [sides(row) for row in rows] if elsewhere else []
-    if (False, True) in found and (True, False) in found:
-        return [x for x, side in zip(rows, found, strict=True) if side != (False, True)]
-    return list(rows)
+    if (False, True) not in found or (True, False) not in found:
+        return list(rows)
+    return [
+        {k: v for k, v in row.items() if v == v} if side[0] else row
+        for row, side in zip(rows, found, strict=True)
+        if side != (False, True)
+    ]
 
 
 def _widths(steps: np.ndarray, runs: np.ndarray | None) -> np.ndarray:

@@ -108,7 +108,17 @@ def _of_json(text: str, path: Path) -> Raw:
 
 
 def _of_mapping(found: dict[str, Any], path: Path) -> Raw:
-    """Returns the rows of columns, or the one row that it is."""
+    """Returns the rows of columns, or the one row that it is.
+
+    pandas writes a mapping with numbers for names for each column, or for each row.
+    """
+    inner = [
+        x for x in found.values() if isinstance(x, dict) and all(map(str.isdecimal, x))
+    ]
+    if found and all(map(str.isdecimal, found)):
+        return [row for row in found.values() if isinstance(row, dict)]
+    if found and len(inner) == len(found):
+        found = {name: list(column.values()) for name, column in found.items()}
     every = dict(_cells.flat(found))
     lists = {key: value for key, value in every.items() if isinstance(value, list)}
     if not lists:

@@ -217,6 +217,17 @@ def test_columns_of_words_neither_shift_the_others_nor_hide_evaluations():
     assert_same(optaxclip.history(rows), found)
 
 
+def test_columns_with_nan_for_what_is_missing_keep_the_rows_of_training():
+    seen = {"step": [9, 10, 19], "loss": [2.0, np.nan, 1.0]}
+    found = optaxclip.history(seen | {"val_loss": [np.nan, 3.0, np.nan]})
+    assert [found[x].tolist() for x in ("step", "nonfinite")] == [[9, 19], [0, 0]]
+
+
+def test_lists_that_differ_in_length_are_no_column():
+    found = optaxclip.history({"shapes": [[1], [1, 2]], "loss": [2.0, 1.0]})
+    assert [*found] == ["step", "width", "loss", "nonfinite"]
+
+
 def test_columns_in_which_the_step_goes_back_are_divided_into_runs():
     found = optaxclip.history({"step": [10, 20, 10, 20], "loss": [3.0, 2.0, 3.1, 2.1]})
     assert found["run"].tolist() == [0, 0, 1, 1]

@@ -154,6 +154,11 @@ def test_a_table_may_write_nan_for_what_is_missing(read):
     assert read(text, "step", "loss", "nonfinite") == [[10, 20], [2.0, 1.9], [0, 0]]
 
 
+def test_in_such_a_table_a_norm_that_is_missing_beside_a_loss_is_not_nan(read):
+    text = "step,loss,grad_norm,val_loss\n1,2,5,nan\n1,nan,nan,3\n2,1,nan,nan\n"
+    assert read(text + "3,nan,nan,nan\n", "nonfinite") == [[0, 0, 1]]
+
+
 def test_a_loss_that_is_nan_beside_an_evaluation_is_not_finite(read):
     text = "epoch,loss,val_loss\n0,2.0,2.1\n1,nan,nan\n2,nan,1.9\n"
     assert read(text, "nonfinite") == [[0, 1, 1]]
@@ -325,6 +330,19 @@ def test_columns_in_json_and_one_row_are_read(read):
     same(read(text, "loss")[0], [2, NAN])
     assert read('{"step": 3, "loss": 1.0}', "step", file="a.jsonl") == [[3]]
     assert read('[{"loss": 2},\n {"loss": 1}]', "loss") == [[2, 1]]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"loss": {"0": 2, "1": 1}, "grad_norm": {"0": 3, "1": None}},
+        {"0": {"loss": 2, "grad_norm": 3}, "1": {"loss": 1, "grad_norm": None}},
+    ],
+)
+def test_what_pandas_writes_by_column_or_by_row_is_read(read, table):
+    loss, norm = read(json.dumps(table), "loss", "norm")
+    assert loss == [2, 1]
+    same(norm, [3, NAN])
 
 
 @pytest.mark.parametrize(

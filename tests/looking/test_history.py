@@ -153,6 +153,12 @@ def test_of_a_resumed_run_nothing_from_before_its_first_row_is_counted(guarded):
     assert found["step"].tolist() == [3, 4, 5]
 
 
+def test_counts_that_begin_anew_are_counted_anew(guarded):
+    found = optaxclip.history(rows_of(guarded) * 2)
+    assert found["skipped"].tolist() == [0, 0, 1, 0, 1, 0] * 2
+    assert found["clipped"].tolist() == [0, 1, 0, 1, 0, 0] * 2
+
+
 def test_micro_steps_without_an_update_have_no_norm():
     steps = optax.MultiSteps(optaxclip.clip_by_global_norm(1.0), 2)
     found = optaxclip.history(run(steps, [1.0, 1.0, 3.0, 1.0, 0.1, 0.1]))

@@ -17,12 +17,12 @@ def always_clipped(run: Run) -> str | None:
     limit, norms = _limits(run), _norms(run)
     if limit is None or not len(norms):
         return (
-            f"CLIPPED AT {share:.0%} of the steps, in every scope. The length of a step"
-            " is learning rate x threshold then: tune the two as one."
+            f"CLIPPED AT {_percent(share)} of the steps, in every scope. With SGD a"
+            " step is as long as learning rate x threshold then: tune the two as one."
         )
     return (
-        f"CLIPPED AT {share:.0%} of the steps: the threshold {short(limit)} is below"
-        f" {'all' if share == 1 else 'nearly all'} norms (median"
+        f"CLIPPED AT {_percent(share)} of the steps: the threshold {short(limit)} is"
+        f" below {'all' if share == 1 else 'nearly all'} norms (median"
         f" {short(np.median(norms))}, lowest {short(norms.min())}). With SGD a step is"
         " as long as learning rate x threshold then: tune the two as one, by the loss."
     )
@@ -42,6 +42,10 @@ def never_clipped(run: Run) -> str | None:
         f" {short(largest)}: a safety net. One of {short(np.percentile(norms, 99))}"
         " would catch the largest 1 % of the steps."
     )
+
+
+def _percent(share: float) -> str:
+    return f"{np.floor(100 * share):.0f} %"
 
 
 def _rows(run: Run) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where does a finite run go: does it learn, turn back, or run away?
+"""Where does a finite run go: does it turn back, or run away?
 
 Levels say nothing, for they scale with the loss and the batch, and single norms far
 above the others are routine. So these rules compare a run with itself, and what is not
@@ -10,6 +10,7 @@ import numpy as np
 from optaxclip._advice.run import (
     Run,
     Series,
+    coarse,
     evened,
     noise,
     rolling_median,
@@ -17,14 +18,14 @@ from optaxclip._advice.run import (
     short,
     wander,
 )
+from optaxclip._advice.traction import learns
 
 ENOUGH = 8  # rows, for a level and its noise
 SURE = 6.0  # standard deviations
 TENFOLD = 10.0
-FLAT = 0.08  # of the loss
 HUGE = 1e6  # of a loss whose beginning nobody saw
 
-GROWS = " Such growth ends in an explosion: clip, or lower the learning rate."
+GROWS = " Such growth often ends in an explosion: clip, or lower the learning rate."
 ENDLESS = (
     " The loss has no lower end, and the steps follow it down: bound the loss, or clip."
 )
@@ -33,42 +34,44 @@ ENDLESS = (
 def diverged(run: Run) -> str | None:
     """Says that the loss ends far above its best, and stays there."""
     run = evened(run)
-    loss = series(run, run.loss)
+    loss = coarse(series(run, run.loss))
     if len(loss.value) < ENOUGH:
         return None
     window = max(3, len(loss.value) // 20)
     level = rolling_median(loss.value, window)
     best, end = int(np.argmin(level)), float(np.median(loss.value[-window:]))
-    start, low = float(np.median(loss.value[:3])), float(level[best])
+    low, found = float(level[best]), Series(loss.step[best], level[best])
     sure = SURE * max(wander(loss.value), noise(loss.value[-4 * window :]))
-    is_far = end - low > max(sure, 0.25 * (start - low), 0.15 * abs(low))
     stays = level[-window:].min() > (low + end) / 2 and best < len(level) - window
-    if not (is_far and stays and _norms_agree(run, loss, best)):
+    is_told = stays and end - low > sure and _is_far(run, loss, found, end)
+    if not is_told:
         return _as_if_diverged(run, loss)
+    start, since = short(np.median(loss.value[:3])), loss.step[best]
+    again = f"go back to a checkpoint from step {since} or before, and go on"
     return (
-        f"DIVERGED: the loss was {short(low)} near step {loss.step[best]} and is"
-        f" {short(end)} at the end, step {loss.step[-1]}; it began at {short(start)}."
-        f"{_norms(run, int(loss.step[best]))} The steps are too large: go back to a"
-        f" checkpoint from before step {loss.step[best]}, with a lower learning rate or"
-        " a lower threshold."
+        f"DIVERGED: the loss was {short(low)} near step {since} and is {short(end)} at"
+        f" the end, step {loss.step[-1]}; it began at {start}.{_norms(run, int(since))}"
+        " Mostly the steps are too large:"
+        f" {'begin anew' if best < window else again} with a lower learning rate or a"
+        " lower threshold."
     )
 
 
 def growing(run: Run) -> str | None:
     """Says that the norms grew tenfold while the loss got no better."""
     run = evened(run)
-    norm, loss = series(run, run.norm), series(run, run.loss)
+    norm, loss = coarse(series(run, run.norm)), series(run, run.loss)
     if len(norm.value) < ENOUGH:
         return _speeding_up(norm)
-    few = max(3, len(norm.value) // 10)
-    from_first = len(norm.value) < 2 * ENOUGH or _falls_without_end(loss)
-    early = slice(0, 3) if from_first else _second_quarter(norm)
-    low, high = np.median(norm.value[early]), float(np.median(norm.value[-few:]))
-    sure = np.exp(3 * noise(np.log(norm.value[norm.value > 0])))
     endless = _falls_without_end(loss)
+    few, quarter = max(3, len(norm.value) // 10), len(norm.value) // 4
+    from_first = len(norm.value) < 2 * ENOUGH or endless
+    early = slice(0, 3) if from_first else slice(quarter, 2 * quarter)
+    low, high = np.median(norm.value[early]), float(np.median(norm.value[-few:]))
+    sure = np.exp(min(3 * noise(np.log(norm.value[norm.value > 0])), 700))
     if not 0 < low < high / max(TENFOLD, sure):
         return _speeding_up(norm)
-    if not endless and not _no_better(norm, loss, early):
+    if not endless and not _no_better(loss, norm.step[early], norm.step[-few]):
         return None
     losses = ""
     if len(loss.value):
@@ -81,61 +84,44 @@ def growing(run: Run) -> str | None:
     )
 
 
-def no_traction(run: Run) -> str | None:
-    """Says that the loss is flat from the start, as surely as its noise allows."""
-    run = evened(run)
-    loss = series(run, run.loss)
-    value = loss.value
-    if len(value) < 12 or run.begins_late or value.min() <= 0 or learns(loss):
-        return None
-    level, change, error = trend(value)
-    most = (max(-change, 0) + 2 * error) / level
-    if most > FLAT or change > 3 * error:
-        return None
-    norms = run.norm[np.isfinite(run.norm)]
-    usual = float(np.median(norms)) if len(norms) else 0.0
-    moved = f" There are gradients: their norm is {short(usual)}." if usual else ""
-    return (
-        f"NO TRACTION: the loss is {short(level)} from step {loss.step[0]} to"
-        f" {loss.step[-1]}; if it fell, then by less than {100 * most:.0f} %, within"
-        f" its noise.{moved} Look at the learning rate (too low, or the threshold cuts"
-        " the steps too short), at what is frozen, and at the targets."
-    )
+def _is_far(run: Run, loss: Series, low: Series, end: float) -> bool:
+    """Whether a loss at its end is so far above its best that it means something.
+
+    A rise to a quarter of the way back to the start does. A smaller one does if the
+    norms tripled. They must have, too, where the objective has both signs, or begins
+    near zero by construction, and may rise.
+    """
+    start, best = float(np.median(loss.value[:3])), float(low.value)
+    rise = end - best
+    norms = _norms_rose(run, int(low.step))
+    is_loss = loss.value.min() > 0 and start > 0.1 * end
+    if rise > max(0.25 * (start - best), 0.15 * abs(best)):
+        return is_loss or norms > 3
+    return is_loss and best > 0.1 * start and rise > 0.08 * best and norms > 3
 
 
-def learns(loss: Series) -> bool:
-    """Whether the loss falls, be it in the first rows alone."""
-    value = loss.value
-    if len(value) < 3:
-        return False
-    spread = noise(value[1:])
-    if value[0] - np.median(value[1:]) > 4 * spread:
-        return True
-    _, change, error = trend(value)
-    return bool(change < -3 * error)
+def _norms_rose(run: Run, step: int) -> float:
+    """Returns how many times higher the norms are at the end than up to a step."""
+    norm = series(run, run.norm)
+    near = norm.value[norm.step <= step][-10:]
+    usual = np.median(near) if len(near) else 0.0
+    return float(np.median(norm.value[-10:]) / usual) if usual > 0 else 0.0
 
 
-def trend(value: np.ndarray) -> tuple[float, float, float]:
-    """Returns the level, the change over all rows by a fitted line, and its error."""
-    time = np.linspace(-0.5, 0.5, len(value))
-    slope = float(np.sum(time * (value - value.mean())) / np.sum(time**2))
-    rest = value - value.mean() - slope * time
-    error = float(np.sqrt(np.mean(rest**2) / np.sum(time**2)))
-    return float(abs(np.median(value))), slope, error
-
-
-def _second_quarter(norm: Series) -> slice:
-    return slice(len(norm.value) // 4, len(norm.value) // 2)
-
-
-def _no_better(norm: Series, loss: Series, early: slice) -> bool:
-    """Whether the loss at the end is no lower than when the norms were low."""
+def _no_better(loss: Series, early: np.ndarray, late: int) -> bool:
+    """Whether the loss fell no more since the norms were low, or has turned upward."""
     if len(loss.value) < 3:
         return True
-    steps = norm.step[early]
-    then = loss.value[(loss.step >= steps[0]) & (loss.step <= steps[-1])]
+    then = loss.value[(loss.step >= early[0]) & (loss.step <= early[-1])]
     then = then if len(then) else loss.value[:3]
-    return bool(np.median(loss.value[-3:]) > np.median(then) - noise(loss.value))
+    now = loss.value[loss.step >= late]
+    now = now if len(now) >= 3 else loss.value[-3:]
+    error = noise(loss.value) * np.sqrt(1 / len(then) + 1 / len(now))
+    if np.median(then) - np.median(now) < 3 * error:
+        return True
+    best = float(rolling_median(loss.value, 3).min())
+    turn = max(0.25 * abs(best), 2 * noise(loss.value))
+    return bool(np.median(loss.value[-3:]) > best + turn)
 
 
 def _falls_without_end(loss: Series) -> bool:
@@ -164,19 +150,6 @@ def _speeding_up(norm: Series) -> str | None:
     )
 
 
-def _norms_agree(run: Run, loss: Series, best: int) -> bool:
-    """Whether the norms rose too, without which not every loss can be believed.
-
-    Objectives of both signs, or that begin near zero by construction, may rise.
-    """
-    end = np.median(loss.value[-3:])
-    if loss.value.min() > 0 and np.median(loss.value[:3]) > 0.1 * end:
-        return True
-    norm = series(run, run.norm)
-    near = norm.value[norm.step <= loss.step[best]][-10:]
-    return len(near) > 0 and bool(np.median(norm.value[-10:]) > 3 * np.median(near))
-
-
 def _norms(run: Run, step: int) -> str:
     norm = series(run, run.norm)
     before, after = norm.value[norm.step <= step], norm.value[norm.step > step]
@@ -187,9 +160,10 @@ def _norms(run: Run, step: int) -> str:
 
 
 def _as_if_diverged(run: Run, loss: Series) -> str | None:
-    """Says that a loss is huge whose beginning is not in the log."""
+    """Says that a loss is huge, and moves about, whose beginning is not in the log."""
     level = float(np.median(loss.value))
-    if level < HUGE or not run.begins_late or learns(loss):
+    is_calm = loss.value.max() < 2 * loss.value.min()
+    if level < HUGE or is_calm or not run.begins_late or learns(loss):
         return None
     return (
         f"DIVERGED, it seems: the log begins at step {loss.step[0]}, and the loss is"

@@ -1,13 +1,14 @@
-"""Where is a run not finite, and did somebody skip it?"""
+"""Where is a run not finite, and did somebody skip that?"""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip._advice.courses import trend
-from optaxclip._advice.run import Run
+from optaxclip._advice.run import Run, few, zero_since
+from optaxclip._advice.traction import trend
 
 SINGLE = 2  # rows that are not finite, and skipped by somebody
+AFTER = 3  # rows that are finite, before one believes that the run went on
 
 
 class Crash(NamedTuple):
@@ -32,11 +33,18 @@ def crashes(run: Run) -> list[Crash]:
 
 
 def is_overflow(run: Run, crash: Crash) -> bool:
-    """Whether a crash is one or two steps that somebody skipped: the run goes on."""
+    """Whether somebody skipped what is not finite, so that the run went on.
+
+    Weights that are NaN stay so. Hence finite rows that follow tell of a skip; a few of
+    them, for a batch may be NaN by itself before the weights are.
+    """
+    rows = slice(crash.first, crash.end)
     is_short = crash.end - crash.first <= SINGLE
-    if run.skipped[crash.first : crash.end].all():
-        return is_short or not crash.is_last
-    return is_short and len(run.bad) - crash.end >= 3
+    if crash.is_last:
+        return is_short and bool(run.skipped[rows].all())
+    if run.skipped[rows].all() or np.isfinite(run.loss[rows]).all():
+        return True
+    return is_short and not run.bad[crash.end : crash.end + AFTER].any()
 
 
 def is_average(run: Run, crash: Crash) -> bool:
@@ -44,19 +52,30 @@ def is_average(run: Run, crash: Crash) -> bool:
 
     So does the average of an epoch with one infinite step in it.
     """
-    losses = run.loss[crash.first : crash.end]
-    if len(losses) <= SINGLE or not np.isfinite(losses).all() or not losses.any():
+    rows = slice(crash.first, crash.end)
+    losses = run.loss[rows]
+    if len(losses) <= SINGLE or run.skipped[rows].all():
+        return False
+    if not np.isfinite(losses).all() or not losses.any():
         return False
     _, change, error = trend(losses)
     return change < -3 * error
 
 
+def printed_as_zero(run: Run) -> int | None:
+    """Returns the row from which a loss is exactly 0 at once, and no norm tells why."""
+    rows = np.flatnonzero(np.isfinite(run.loss) & ~run.bad)
+    first = zero_since(run.loss[rows])
+    alive = np.abs(run.loss[rows[:first]])
+    alive = alive[alive > 0]
+    if len(alive) < 3 or first == len(rows) or alive[-1] <= 0.1 * np.median(alive):
+        return None
+    return None if np.isfinite(run.norm[rows[first:]]).any() else int(rows[first])
+
+
 def who(run: Run, crash: Crash) -> str:
-    """Names the scopes that are not finite in the first such row, if it is one step."""
+    """Names the scopes that are not finite in the first such row."""
     bad = [k for k, x in run.scopes.items() if not np.isfinite(x[crash.first])]
-    if not bad:
-        return ""
     if len(bad) == len(run.scopes):
         return ", every leaf at once" if len(bad) > 1 else ""
-    rest = f" and {len(bad) - 3} more of {len(run.scopes)}" if len(bad) > 3 else ""
-    return f", in {', '.join(bad[:3])}{rest}, the others finite"
+    return f", in {few(bad)} of {len(run.scopes)}, the others finite" if bad else ""

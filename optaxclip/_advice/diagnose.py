@@ -12,32 +12,36 @@ from optaxclip._advice import (
     layers,
     not_finite,
     oscillations,
-    run as _run,
     spikes,
+    traction,
+    weights,
 )
-from optaxclip._advice.run import Run, short
+from optaxclip._advice.run import Run, runs, short
 from optaxclip._looking.columns import History
 from optaxclip._looking.history import history as _history
 
 Rule = Callable[[Run], str | None]
 
-# Worst first. The last ones are information, and hold for a healthy run too.
-BAD: dict[str, Rule] = {
-    "not_finite": not_finite.not_finite,
-    "exploded": explosions.exploded,
-    "diverged": courses.diverged,
-    "growing": courses.growing,
-    "dead": layers.dead,
-    "vanishing": lambda _: None,  # needs the params
-    "no_traction": courses.no_traction,
-    "oscillating": oscillations.oscillating,
-    "spikes": spikes.spikes,
+# Worst first, with the rules of each, of which the first counts that has something to
+# say. The last ones are information, and hold for a healthy run too.
+BAD: dict[str, list[Rule]] = {
+    "not_finite": [not_finite.not_finite, weights.broken],
+    "exploded": [explosions.exploded],
+    "diverged": [courses.diverged],
+    "growing": [courses.growing, weights.large],
+    "dead": [layers.dead],
+    "vanishing": [layers.vanishing],
+    "no_traction": [traction.no_traction],
+    "oscillating": [oscillations.oscillating],
+    "spikes": [spikes.spikes],
 }
-INFORMATION: dict[str, Rule] = {
-    "overflow_skips": not_finite.overflow_skips,
-    "always_clipped": clipping.always_clipped,
-    "never_clipped": clipping.never_clipped,
+INFORMATION: dict[str, list[Rule]] = {
+    "overflow_skips": [not_finite.overflow_skips],
+    "always_clipped": [clipping.always_clipped],
+    "never_clipped": [clipping.never_clipped],
 }
+# What one verdict says already, so that the other is not told.
+SAYS = {"exploded": ["diverged", "growing"], "diverged": ["no_traction", "oscillating"]}
 NAMES = (*BAD, *INFORMATION, "too_short", "healthy")
 ENOUGH = 10  # finite rows, to call a run healthy
 
@@ -82,29 +86,23 @@ def diagnose(history: History, params: Any = None) -> dict[str, str]:
     """
     if not {"step", "width", "nonfinite"} <= {*history}:
         history = _history(history, params)
-    every = _run.runs(history)
-    told = [_told(one, params if one is every[-1] else None) for one in every]
+    told = [_told(run) for run in runs(history, params)]
     found: dict[str, str] = {}
     for name in NAMES:
-        texts = [(i, x[name]) for i, x in enumerate(told, 1) if name in x]
-        if len(told) > 1 and texts:
-            texts = [(i, f"Run {i} of {len(told)}: {text}") for i, text in texts]
-        if name != "healthy" or len(texts) == len(told):
-            found |= {name: "\n".join(text for _, text in texts)} if texts else {}
+        texts = {i: x[name] for i, x in enumerate(told, 1) if name in x}
+        if len(told) > 1:
+            texts = {i: f"Run {i} of {len(told)}: {x}" for i, x in texts.items()}
+        if texts and (name != "healthy" or len(texts) == len(told)):
+            found[name] = "\n".join(texts.values())
     return found
 
 
-def _told(run: Run, params: Any) -> dict[str, str]:
+def _told(run: Run) -> dict[str, str]:
     """Returns the verdicts on one run."""
-    bad = {name: text for name, rule in BAD.items() if (text := rule(run))}
-    if text := layers.vanishing(run, params):
-        bad["vanishing"] = text
-    if params is not None:
-        for name, text in layers.weights(params).items():
-            bad.setdefault(name, text)
-    if "exploded" in bad:
-        bad.pop("growing", None)
-    others = {name: text for name, rule in INFORMATION.items() if (text := rule(run))}
+    bad, others = _said(BAD, run), _said(INFORMATION, run)
+    for name, implied in SAYS.items():
+        if name in bad:
+            bad = {k: text for k, text in bad.items() if k not in implied}
     if bad:
         return bad | others
     finite = int(np.sum(~run.bad & (np.isfinite(run.loss) | np.isfinite(run.norm))))
@@ -113,11 +111,16 @@ def _told(run: Run, params: Any) -> dict[str, str]:
     return others | {"healthy": _healthy(run)}
 
 
+def _said(rules: dict[str, list[Rule]], run: Run) -> dict[str, str]:
+    said = {k: [text for rule in v if (text := rule(run))] for k, v in rules.items()}
+    return {name: texts[0] for name, texts in said.items() if texts}
+
+
 def _too_short(run: Run, finite: int) -> str:
-    late = f" that begin at step {run.step[0]}" if run.begins_late else ""
+    late = f" that begin at step {run.step[0]}" if finite and run.begins_late else ""
     return (
-        f"TOO SHORT: {finite} finite rows{late}, and nothing stands out in them."
-        f" {ENOUGH} are needed to tell a level from its noise."
+        f"TOO SHORT: {finite} finite row{'s' * (finite != 1)}{late}, and nothing stands"
+        f" out. {ENOUGH} are needed to tell a level from its noise."
     )
 
 
@@ -131,9 +134,10 @@ def _healthy(run: Run) -> str:
         text += f" Loss: {first} at first, {last} at the end."
     if len(norms):
         high = short(np.percentile(norms, 90))
+        largest = max(norms.max(), np.max(run.peak[~run.bad & np.isfinite(run.peak)]))
         text += (
-            f" Norms: median {short(np.median(norms))}, 90 % below {high}, largest"
-            f" {short(np.nanmax(run.peak[~run.bad]))}."
+            f" Gradient norms: median {short(np.median(norms))}, 90 % below {high},"
+            f" largest {short(largest)}."
         )
     if alone := [x for x in spikes.found(run) if not x.follows]:
         text += (

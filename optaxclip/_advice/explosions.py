@@ -11,7 +11,9 @@ from optaxclip._advice.crashes import Crash, crashes, is_overflow, who
 from optaxclip._advice.run import Run, short
 
 LEAD = 10  # rows before the end in which an explosion is looked for
+RECENT = 100  # rows before these, for what is quiet
 GROWTH = 10.0  # times the quiet median
+CALM = 3.0  # times the quiet median
 
 ASK = "`suggest_max_norm(optimizer, params)` names a threshold to begin with"
 
@@ -21,13 +23,17 @@ class Growth(NamedTuple):
 
     Attributes:
       name: of the column.
-      low: its number where the growth began.
-      high: the last finite number.
+      first: number of the row where the growth began.
+      last: number of the last finite row.
+      low: what the column was in the first of these rows.
+      high: and in the last.
       steps: between them.
       rate: factor a step, by a fitted line.
     """
 
     name: str
+    first: int
+    last: int
     low: float
     high: float
     steps: int
@@ -39,13 +45,14 @@ def exploded(run: Run) -> str | None:
     for crash in crashes(run):
         found = growth(run, crash)
         if found and not is_overflow(run, crash):
-            where = who(run, crash) or _who_grew(run, crash, found)
-            step, low, high = run.step[crash.first], short(found.low), short(found.high)
+            where = _who_grew(run, found) or who(run, crash)
+            pace = f", about x {short(found.rate)} a step" if found.rate > 1 else ""
             return (
-                f"EXPLODED at step {step}{where}. The {found.name} grew from {low} to"
-                f" {high} in the {found.steps} steps before{_a_step(found)}: the steps"
-                " were too large. Divide the learning rate by ten, or clip: with SGD"
-                f" not at the norms seen here, which the explosion made. {ASK}."
+                f"EXPLODED at step {run.step[crash.first]}{where}. The {found.name}"
+                f" grew from {short(found.low)} to {short(found.high)} in the"
+                f" {found.steps} steps before{pace}: the steps were too large. Divide"
+                " the learning rate by ten, or clip: with SGD not at the norms seen"
+                f" here, which the explosion made. {ASK}."
             )
     return None
 
@@ -58,46 +65,47 @@ def growth(run: Run, crash: Crash) -> Growth | None:
         near, before = rows[-LEAD:], rows[1:-LEAD]  # a first row is often far above
         if len(near) < 3:
             continue
-        is_known = len(before) >= 5
-        quiet = np.median(column[before]) if is_known else column[near].min()
-        is_high = column[near[-1]] >= quiet * (GROWTH if is_known else GROWTH**2)
-        if is_high and column[near[-1]] >= column[near].max() / 3:
-            calm = near[:-1][column[near[:-1]] <= 3 * quiet]
+        last = column[near[-1]]
+        if len(before) >= 5:
+            quiet = min(np.median(column[x]) for x in (before, before[-RECENT:]))
+            is_high = last >= GROWTH * quiet
+        else:  # nothing quiet is known
+            quiet = column[near].min()
+            is_high = last >= GROWTH**2 * quiet
+        if is_high and last >= column[near].max() / 3:
+            calm = rows[:-1][column[rows[:-1]] <= CALM * quiet]
             start = calm[-1] if len(calm) else near[0]
-            return _fitted(run, name, column, near[near >= start])
+            return _fitted(run, name, column, rows[rows >= start])
     return None
 
 
 def _fitted(run: Run, name: str, column: np.ndarray, rows: np.ndarray) -> Growth:
-    steps = run.step[rows]
-    rate = np.exp(np.polyfit(steps - steps[0], np.log(column[rows]), 1)[0])
-    first, last = rows[0], rows[-1]
+    steps = (run.step[rows] - run.step[rows[0]]).astype(float)
+    logs = np.log(column[rows])
+    slope = np.polyfit(steps, logs, 1)[0] if steps[-1] > 0 else 0.0
     return Growth(
         name=name,
-        low=float(column[first]),
-        high=float(column[last]),
-        steps=int(steps[-1] - steps[0]),
-        rate=float(rate),
+        first=int(rows[0]),
+        last=int(rows[-1]),
+        low=float(column[rows[0]]),
+        high=float(column[rows[-1]]),
+        steps=int(steps[-1]),
+        rate=float(np.exp(np.clip(slope, 0, 700))),
     )
 
 
-def _who_grew(run: Run, crash: Crash, growth: Growth) -> str:
+def _who_grew(run: Run, growth: Growth) -> str:
     """Names the scopes that grew, if it was all of them, or a few and no other."""
-    end = int(np.flatnonzero(~run.bad[: crash.first])[-1])
-    start = int(np.searchsorted(run.step, run.step[end] - growth.steps))
+    start = slice(max(growth.first - 2, 0), growth.first + 1)
     grown = {
-        name: column[end] / np.median(column[max(start - 2, 0) : start + 1])
+        name: column[growth.last] / low
         for name, column in run.scopes.items()
-        if np.median(column[max(start - 2, 0) : start + 1]) > 0
+        if (low := np.median(column[start])) > 0 and np.isfinite(low)
     }
     most = [name for name, times in grown.items() if times >= GROWTH]
     if len(grown) > 1 and len(most) == len(grown):
         return " (every leaf)"
     others = [times for name, times in grown.items() if name not in most]
-    if 0 < len(most) <= 3 and others and max(others) < 3:
+    if 0 < len(most) <= 3 and others and max(others) < CALM:
         return f" ({', '.join(most)} alone)"
     return ""
-
-
-def _a_step(growth: Growth) -> str:
-    return f", about x {short(growth.rate)} a step" if growth.rate > 1 else ""

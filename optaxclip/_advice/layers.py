@@ -1,41 +1,41 @@
-"""Which layers are dead or starved, and what became of the weights?"""
+"""Which layers are dead or starved?"""
 
-from typing import Any
+import re
+from collections.abc import Iterable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._advice.courses import learns
-from optaxclip._advice.run import Run, evened, series, short
+from optaxclip._advice.crashes import printed_as_zero
+from optaxclip._advice.run import Run, Series, evened, few, series, short, zero_since
+from optaxclip._advice.traction import learns
 from optaxclip._trees import paths as _paths
 
 QUARTER = 0.25  # of the rows: so long is an exact zero no accident
+LEAST = 3  # such rows
+FADED = 0.01  # of the usual norm: so small it went to zero by itself
 VANISHED = 1e3  # from the last layer to the first
-LARGE = 1e3  # root mean square of a weight
 
 
 def dead(run: Run) -> str | None:
     """Says that gradients are exactly 0, which noise never makes."""
     run = evened(run)
-    return _dead_leaves(run) or _dead_as_a_whole(run) or _no_signal(run)
+    return _dead_leaves(run) or _dead_since(run) or _dead_rows(run) or _no_signal(run)
 
 
-def vanishing(run: Run, params: Any) -> str | None:
+def vanishing(run: Run) -> str | None:
     """Says that the gradients of the first layers are a thousandth of the last's.
 
-    Root mean squares, for a norm grows with its leaf; of matrices alone.
+    Root mean squares, for a norm grows with its leaf; of the matrices of numbered
+    layers alone, whose order is known. Sizes come from the params.
     """
     run = evened(run)
-    if params is None:
-        return None
-    shapes = {k: np.shape(x) for k, x in _leaves(params).items()}
+    sizes = {name: _matrix_size(run, name) for name in run.scopes}
+    kinds = [re.sub(r"\d+", "#", name) for name, size in sizes.items() if size]
+    usual = max(kinds, key=kinds.count, default="")
     rms = {
-        name: float(np.median(values[-(len(values) // 4 + 1) :]) / np.sqrt(size))
-        for name, column in run.scopes.items()
-        if len(shapes.get(name, ())) >= 2
-        and len(values := series(run, column).value) >= 8
-        and (size := int(np.prod(shapes[name]))) > 0
+        name: float(np.median(values[-(len(values) // 4 + 1) :]) / np.sqrt(sizes[name]))
+        for name in _in_order(k for k in sizes if re.sub(r"\d+", "#", k) == usual)
+        if len(values := series(run, run.scopes[name]).value) >= 8
     }
     alive = [name for name, value in rms.items() if value > 0]
     if len(alive) < 3 or rms[alive[-1]] < VANISHED * rms[alive[0]]:
@@ -48,108 +48,81 @@ def vanishing(run: Run, params: Any) -> str | None:
         f"VANISHING: the gradient of {first} has a root mean square of"
         f" {short(rms[first])}, that of {last} one of {short(rms[last])}, and it falls"
         " from layer to layer. No clip lifts a small gradient: look at the"
-        " initialisation, at skip connections and normalisation, or use Adam."
-    )
-
-
-def weights(params: Any) -> dict[str, str]:
-    """Says that params are not finite, or larger than layers need them to be."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-        return {}
-    found = {"not_finite": _broken(params), "growing": _large(params)}
-    return {name: text for name, text in found.items() if text}
-
-
-def _broken(params: Any) -> str | None:
-    bad = [k for k, x in _leaves(params).items() if not np.isfinite(x).all()]
-    if not bad:
-        return None
-    rest = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return (
-        f"NOT FINITE: the weights {', '.join(bad[:3])}{rest} hold NaN or infinity. Go"
-        " back to a checkpoint; `skip_if_nonfinite(optimizer)` keeps such steps out."
-    )
-
-
-def _large(params: Any) -> str | None:
-    sizes = {
-        name: float(np.sqrt(np.mean(np.abs(x).astype(float) ** 2)))
-        for name, x in _leaves(params).items()
-        if np.size(x) and np.isfinite(x).all()
-    }
-    name = max(sizes, key=sizes.__getitem__, default=None)
-    if name is None or sizes[name] < LARGE:
-        return None
-    return (
-        f"GROWING: the weights {name} have a root mean square of {short(sizes[name])}."
-        " If they did not begin there, the steps were too large: begin anew with a"
-        " lower learning rate or a clip."
+        " initialisation, at skip connections and normalisation, or use Adam, whose"
+        " steps don't shrink with the gradient."
     )
 
 
 def _dead_leaves(run: Run) -> str | None:
     rows = np.flatnonzero(~run.bad)
-    since = {name: _zero_since(x[rows]) for name, x in run.scopes.items()}
-    need = max(3, QUARTER * len(rows))
+    since = {name: zero_since(x[rows]) for name, x in run.scopes.items()}
+    need = max(LEAST, QUARTER * len(rows))
     gone = {k: i for k, i in since.items() if len(rows) - i >= need}
     if not gone or len(gone) == len(since):
         return None
-    names = list(since)
-    first = int(run.step[rows[min(gone.values())]])
-    cut = names[: len(gone)]
-    if len(gone) > 1 and set(cut) == set(gone):
+    first = rows[min(gone.values())]
+    start = f"DEAD since step {run.step[first]}: "
+    order = _in_order(since)
+    alive = order[len(gone) :]
+    if len(gone) > 1 and alive and not gone.keys() & {*alive}:
         return (
-            f"DEAD since step {first}: everything up to {cut[-1]} is cut off (gradient"
-            f" exactly 0); the first leaf that lives is {names[len(gone)]}: look at"
-            f" what feeds it.{_only_finite(run, first)}"
+            f"{start}everything up to {order[len(gone) - 1]} is cut off (gradient"
+            f" exactly 0); the first leaf that lives is {alive[0]}: look at what feeds"
+            f" it.{_only_finite(run, first)}"
         )
-    rest = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
     return (
-        f"DEAD since step {first}: the gradient of {', '.join([*gone][:3])}{rest} is"
-        f" exactly 0. Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'}"
-        f" nothing any more.{_only_finite(run, first)}"
+        f"{start}the gradient of {few(gone)} of {len(since)} leaves is exactly 0."
+        f" Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'} nothing any"
+        f" more.{_only_finite(run, first)}"
     )
 
 
-def _zero_since(column: np.ndarray) -> int:
-    """Returns the row from which on all are exactly zero; their number, if none."""
-    alive = np.flatnonzero(column != 0)
-    return int(alive[-1]) + 1 if len(alive) else 0
+def _dead_since(run: Run) -> str | None:
+    """Says that all gradients were there, and are exactly 0 from one row on.
 
-
-def _only_finite(run: Run, step: int) -> str:
-    """Says that a threshold hid the explosion that killed the layers."""
-    before = (run.step < step) & ~run.bad
-    cut = run.columns.get("clipped", np.zeros(len(run.step)))[before]
-    limits = run.columns.get("clip/max_norm", np.full(len(run.step), np.inf))[before]
-    if not cut[-10:].any() or not np.isfinite(limits[-1]):
-        return ""
-    return (
-        f" The threshold {short(limits[-1])} kept the run finite, not healthy: the"
-        " steps before were too long. Begin anew with a tenth of it."
-    )
-
-
-def _dead_as_a_whole(run: Run) -> str | None:
+    Not by fading away, as where all is learnt, and not while the loss falls.
+    """
     rows = np.flatnonzero(~run.bad & np.isfinite(run.norm))
-    late = rows[len(rows) // 2 :]
-    zero = late[run.norm[late] == 0]
-    count = int(np.sum(run.norm[rows] == 0))
-    is_dead = count > 2 and len(zero) >= max(2, QUARTER * len(late))
-    if not is_dead or (learns(series(run, run.loss)) and run.loss[zero].any()):
+    first = zero_since(run.norm[rows])
+    zero, before = rows[first:], run.norm[rows[:first]]
+    before = before[before > 0]
+    if not len(before) or len(zero) < max(LEAST, QUARTER * len(rows)):
+        return None
+    is_faded = np.median(before[-3:]) < FADED * np.median(before)
+    if is_faded or learns(_losses(run, zero)):
         return None
     return (
-        f"DEAD: the gradient norm is exactly 0 in {count} of"
-        f" {len(rows)} rows, and the loss does not fall. Nothing is trained there: look"
-        " at what is frozen or detached, at examples that all give the same loss, and"
-        " at units that are off for every input."
+        f"DEAD since step {run.step[zero[0]]}: the gradient norm was"
+        f" {short(before[-1])} before and is exactly 0 from there on, in {len(zero)}"
+        f" rows{_level(run, zero)}. Nothing is trained any more: units that are off for"
+        " every input, or examples that all give the same loss."
+        f"{_only_finite(run, zero[0])}"
+    )
+
+
+def _dead_rows(run: Run) -> str | None:
+    """Says that the norm is exactly 0 in many rows, here and there or in all."""
+    rows = np.flatnonzero(~run.bad & np.isfinite(run.norm))
+    late = rows[len(rows) // 2 :]
+    zero = rows[run.norm[rows] == 0]
+    enough = max(2, QUARTER * len(late))
+    if len(zero) < LEAST or np.sum(run.norm[late] == 0) < enough:
+        return None
+    if learns(series(run, run.loss)) and run.loss[zero].any():
+        return None
+    return (
+        f"DEAD: the gradient norm is exactly 0 in {len(zero)} of {len(rows)}"
+        f" rows{_level(run, zero)}. Nothing is trained there: look at what is frozen or"
+        " detached, at examples that all give the same loss, and at units that are off"
+        " for every input."
     )
 
 
 def _no_signal(run: Run) -> str | None:
     loss = series(run, run.loss).value
-    zeros = len(loss) - _zero_since(loss)
-    if zeros < 3 or np.isfinite(run.norm).any():
+    zeros = len(loss) - zero_since(loss)
+    is_told = zeros >= LEAST and not np.isfinite(run.norm).any()
+    if not is_told or printed_as_zero(run) is not None:
         return None
     return (
         f"DEAD: the loss is exactly 0 in the last {zeros} rows. Either there is nothing"
@@ -158,6 +131,57 @@ def _no_signal(run: Run) -> str | None:
     )
 
 
-def _leaves(params: Any) -> dict[str, np.ndarray]:
-    pairs = zip(_paths.paths(params), jax.tree.leaves(params), strict=True)
-    return {k: x for k, x in pairs if jnp.issubdtype(x.dtype, jnp.inexact)}
+def _losses(run: Run, rows: np.ndarray) -> Series:
+    rows = rows[np.isfinite(run.loss[rows])]
+    return Series(run.step[rows], run.loss[rows])
+
+
+def _level(run: Run, rows: np.ndarray) -> str:
+    """Says what the loss is in some rows."""
+    loss = _losses(run, rows).value
+    if not len(loss):
+        return ""
+    if not loss.any():
+        return ", and the loss exactly 0"
+    return f", and the loss stays at about {short(np.median(loss))}"
+
+
+def _only_finite(run: Run, first: int) -> str:
+    """Says that a threshold hid the explosion that killed the layers."""
+    rows = np.flatnonzero(~run.bad[:first])
+    if not len(rows) or "clipped" not in run.columns:
+        return ""
+    limit = run.columns.get("clip/max_norm", np.full(len(run.step), np.inf))[rows[-1]]
+    if not (run.columns["clipped"][rows[-10:]].any() and np.isfinite(limit)):
+        return ""
+    return (
+        f" The threshold {short(limit)} kept the run finite, not healthy: the steps"
+        " before were too long. Begin anew with a tenth of it."
+    )
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Returns leaves in forward order, a bias after its kernel; none if unknown.
+
+    It is known where all are of layers that are numbered in one way.
+    """
+    layers = {name: _paths.layer(name) for name in names}
+    if len({re.sub(r"\d+", "#", layer) for layer in layers.values()}) != 1:
+        return []
+    if not all(re.search(r"\d", layer) for layer in layers.values()):
+        return []
+
+    def place(name: str) -> tuple[list[int], bool]:
+        return [int(x) for x in re.findall(r"\d+", layers[name])], "bias" in name
+
+    return sorted(layers, key=place)
+
+
+def _matrix_size(run: Run, name: str) -> int:
+    """Returns how many elements a matrix has, or a member of a stack; 0 if neither."""
+    if name in run.weights:
+        shape = np.shape(run.weights[name])
+    else:
+        stack = re.sub(r"(^|/)\d+(?=/|$)", "", name, count=1).lstrip("/")
+        shape = np.shape(run.weights.get(stack, 0.0))[1:]
+    return int(np.prod(shape)) if len(shape) >= 2 else 0

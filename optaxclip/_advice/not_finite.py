@@ -11,14 +11,18 @@ from optaxclip._advice.crashes import (
     crashes,
     is_average,
     is_overflow,
+    printed_as_zero,
     who,
 )
 from optaxclip._advice.explosions import growth
-from optaxclip._advice.run import Run, short
+from optaxclip._advice.run import Run, few, short
 
 HALF = 65504.0  # the largest float16
-FEW = 8  # rows before, to say that nothing grew
+ENOUGH = 8  # rows before, to say that nothing grew
+CLOSE = 2  # steps from row to row, between which no explosion is hidden
+RARE = 0.05  # of the rows
 
+SKIP = " `skip_if_nonfinite(optimizer)` keeps such a step out of the weights."
 FIRST = (
     " No length of step can be the cause: look at the first batch, at the initial"
     " weights, and at the dtype; float16 holds 65504 at most."
@@ -26,6 +30,13 @@ FIRST = (
 LATE = " What came before is not in the log."
 AT_ONCE = " Nothing grew before, so it is no explosion, and a clip can't repair it."
 TOO_FEW = " The rows before are too few to say whether the steps were too large."
+BETWEEN = (
+    " Nothing grew in the rows before; but an explosion takes a few steps, and would"
+    " not show between these rows: log every step there."
+)
+NO_NORMS = (
+    " Log the gradient norm: without it an explosion can't be told from a bad batch."
+)
 
 
 def not_finite(run: Run) -> str | None:
@@ -39,23 +50,25 @@ def not_finite(run: Run) -> str | None:
 
 def overflow_skips(run: Run) -> str | None:
     """Says that single steps were not finite while the run went on."""
-    found = [crash for crash in crashes(run) if is_overflow(run, crash)]
-    averages = [crash for crash in crashes(run) if is_average(run, crash)]
+    averages = [x for x in crashes(run) if is_average(run, x)]
     if averages:
         return (
             f"NOT FINITE NORMS from step {run.step[averages[0].first]} on, while the"
             " loss goes on to fall: an average with one infinite step in it looks so."
             " Log the norm of each step."
         )
+    found = [crash for crash in crashes(run) if is_overflow(run, crash)]
     if not found:
         return None
-    rows = sum(crash.end - crash.first for crash in found)
-    steps = _listed([int(run.step[crash.first]) for crash in found])
-    by = "a guard skipped" if run.skipped[found[0].first] else "apparently skipped"
+    rows = np.concatenate([np.arange(x.first, x.end) for x in found])
+    by = "a guard skipped" if run.skipped[rows].all() else "apparently skipped"
+    often = len(rows) > RARE * len(run.bad) and rows[-1] >= len(run.bad) / 2
     return (
-        f"NOT FINITE AND SKIPPED: {rows} of {len(run.bad)} rows (step {steps}), {by};"
-        " the run went on. With float16 that is loss scaling at work, and needs nothing"
-        " as long as it is rare. Otherwise look at what is in these batches."
+        f"NOT FINITE AND SKIPPED: {len(rows)} of {len(run.bad)} rows (step"
+        f" {few(run.step[rows], 5)}), {by}; the run went on. With float16 that is loss"
+        " scaling at work, and needs nothing as long as it is rare"
+        f"{', which it is not here' if often else ''}. Otherwise look at what is in"
+        " these batches."
     )
 
 
@@ -72,22 +85,36 @@ def _from_the_first(run: Run, crash: Crash) -> str | None:
 def _in_the_middle(run: Run, crash: Crash) -> str:
     before = run.norm[: crash.first][np.isfinite(run.norm[: crash.first])]
     norm = f"; the norm before was {short(before[-1])}" if len(before) else ""
-    if len(before) and HALF / 10 < before[-1] < 10 * HALF:
-        norm += f", {short(before[-1] / HALF)} times what float16 can hold"
     usual = f" (median {short(np.median(before))})" if len(before) > 1 else ""
-    after = "" if crash.is_last else f" It went on after {_steps(run, crash)} steps."
+    if len(before) and HALF / 10 < before[-1] < 10 * HALF:
+        usual += f", {short(before[-1] / HALF)} times what float16 can hold"
+    skip = "" if run.skipped[crash.first : crash.end].all() else SKIP
+    after = "" if crash.is_last else f" It lasted {_steps(run, crash)} steps."
     return (
         f"NOT FINITE at step {run.step[crash.first]}{who(run, crash)}{norm}{usual}."
-        f"{AT_ONCE if len(before) >= FEW else TOO_FEW} Look at this batch, at"
-        " logarithms, divisions and roots, and at the dtype: in float16 scale the loss,"
-        " or use bfloat16. `skip_if_nonfinite(optimizer)` keeps such a step out of the"
-        f" weights.{after}{_as_if_nothing(run, crash)}"
+        f"{_grew(run, crash, len(before))} Look at this batch, at logarithms, divisions"
+        " and roots, and at the dtype: in float16 scale the loss, or use bfloat16."
+        f"{skip}{after}{_as_if_nothing(run, crash)}"
     )
+
+
+def _grew(run: Run, crash: Crash, norms: int) -> str:
+    """Says what is known of the steps before."""
+    if not norms:
+        return NO_NORMS
+    if norms < ENOUGH:
+        return TOO_FEW
+    return AT_ONCE if run.width[crash.first - 1] <= CLOSE else BETWEEN
 
 
 def _as_if_nothing(run: Run, crash: Crash) -> str:
     """Says what a sound loss beside norms that are not finite means."""
     losses = run.loss[crash.first : crash.end]
+    if run.skipped[crash.first : crash.end].all():
+        return (
+            " A guard skips every step since: the weights are sound, and nothing is"
+            " trained any more."
+        )
     if crash.end - crash.first <= SINGLE or not np.isfinite(losses).all():
         return ""
     if not losses.any():
@@ -97,26 +124,16 @@ def _as_if_nothing(run: Run, crash: Crash) -> str:
 
 def _zero_for_nan(run: Run) -> str | None:
     """Says that a loss fell to exactly 0 at once, and no norm tells why."""
-    rows = np.flatnonzero(np.isfinite(run.loss))
-    alive = rows[run.loss[rows] != 0]
-    if len(alive) < 3 or alive[-1] == rows[-1]:
+    row = printed_as_zero(run)
+    if row is None:
         return None
-    after = rows[rows > alive[-1]]
-    is_sudden = run.loss[alive[-1]] > 0.1 * np.median(np.abs(run.loss[alive]))
-    if not is_sudden or np.isfinite(run.norm[after]).any():
-        return None
-    last = short(float(run.loss[alive[-1]]))
+    losses = run.loss[:row][np.isfinite(run.loss[:row]) & (run.loss[:row] != 0)]
     return (
-        f"NOT FINITE, it seems, at step {run.step[after[0]]}: the loss was {last} and"
-        " is exactly 0 from there on. Some trainers print a NaN so. Log the gradient"
-        " norm to be sure."
+        f"NOT FINITE, it seems, at step {run.step[row]}: the loss was"
+        f" {short(losses[-1])} and is exactly 0 from there on. Some trainers print a"
+        " NaN so. Log the gradient norm to be sure."
     )
 
 
 def _steps(run: Run, crash: Crash) -> int:
     return int(run.width[crash.first : crash.end].sum())
-
-
-def _listed(steps: list[int]) -> str:
-    text = ", ".join(map(str, steps[:5]))
-    return f"{text} and {len(steps) - 5} more" if len(steps) > 5 else text

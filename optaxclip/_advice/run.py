@@ -1,10 +1,15 @@
 """What do the rules look at? One run of a history, and the measures of its noise."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from optaxclip._looking.columns import History
+from optaxclip._trees import paths as _paths
+
+MOST = 1000  # rows, for a level
 
 
 class Run(NamedTuple):
@@ -20,6 +25,7 @@ class Run(NamedTuple):
       skipped: whether a guard skipped all that is bad in a row.
       scopes: norms by the names of their scopes.
       columns: all of the history's.
+      weights: params by their paths, or their shapes; empty where there are none.
     """
 
     step: np.ndarray
@@ -31,6 +37,7 @@ class Run(NamedTuple):
     skipped: np.ndarray
     scopes: dict[str, np.ndarray]
     columns: History
+    weights: dict[str, Any]
 
     @property
     def steps(self) -> int:
@@ -51,10 +58,16 @@ class Series(NamedTuple):
     value: np.ndarray
 
 
-def runs(history: History) -> list[Run]:
-    """Returns the runs of a history, one after another."""
+def runs(history: History, params: Any = None) -> list[Run]:
+    """Returns the runs of a history, one after another; the params are the last one's.
+
+    There is one run at least, if only an empty one.
+    """
     number = history.get("run", np.zeros(len(history["step"]), int))
-    return [_run(history, np.flatnonzero(number == i)) for i in np.unique(number)]
+    every = [_run(history, np.flatnonzero(number == i)) for i in np.unique(number)]
+    every = every or [_run(history, np.zeros(0, int))]
+    pairs = zip(_paths.paths(params), jax.tree.leaves(params), strict=True)
+    return [*every[:-1], every[-1]._replace(weights=dict(pairs))]
 
 
 def evened(run: Run) -> Run:
@@ -69,7 +82,7 @@ def evened(run: Run) -> Run:
     group = (np.cumsum(run.width) - 1) // widest
     firsts = np.flatnonzero(np.diff(group, prepend=-1))
     ends = np.append(firsts[1:], len(group))
-    picked = _run(run.columns, (firsts + ends - 1) // 2)
+    picked = _run(run.columns, (firsts + ends - 1) // 2, run.weights)
     highest = np.fmax.reduceat(run.peak, firsts) if len(firsts) else run.peak
     width = np.add.reduceat(run.width, firsts) if len(firsts) else run.width
     return picked._replace(peak=highest, width=width)
@@ -79,6 +92,16 @@ def series(run: Run, column: np.ndarray) -> Series:
     """Returns the finite numbers of a column, in rows that are finite."""
     found = np.flatnonzero(np.isfinite(column) & ~run.bad)
     return Series(run.step[found], column[found])
+
+
+def coarse(found: Series) -> Series:
+    """Returns at most a thousand numbers: medians of as many rows each."""
+    size = -(-len(found.value) // MOST)
+    if size <= 1:
+        return found
+    whole = len(found.value) // size * size
+    value = np.median(found.value[:whole].reshape(-1, size), axis=1)
+    return Series(found.step[:whole].reshape(-1, size)[:, size // 2], value)
 
 
 def noise(values: np.ndarray) -> float:
@@ -125,7 +148,16 @@ def short(value: float) -> str:
     return text.replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
 
-def _run(history: History, rows: np.ndarray) -> Run:
+def few(names: Iterable[object], most: int = 3) -> str:
+    """Lists the first names for people, and how many more there are."""
+    every = [str(name) for name in names]
+    rest = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + rest
+
+
+def _run(
+    history: History, rows: np.ndarray, weights: dict[str, Any] | None = None
+) -> Run:
     own = {key: column[rows] for key, column in history.items()}
     nothing = np.full(len(rows), np.nan)
     norm = own.get("norm", nothing)
@@ -140,4 +172,11 @@ def _run(history: History, rows: np.ndarray) -> Run:
         skipped=bad & (own.get("skipped", np.zeros(len(rows))) >= own["nonfinite"]),
         scopes={k[5:]: x for k, x in own.items() if k.startswith("norm/")},
         columns=own,
+        weights=weights or {},
     )
+
+
+def zero_since(column: np.ndarray) -> int:
+    """Returns the row from which on all are exactly zero; their number, if none."""
+    alive = np.flatnonzero(column != 0)
+    return int(alive[-1]) + 1 if len(alive) else 0

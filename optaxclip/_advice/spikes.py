@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optaxclip._advice.run import Run, rolling_median, short, spread
+from optaxclip._advice.run import Run, few, rolling_median, short, spread
 
 SURE = 6.0  # robust standard deviations of the logarithm
 TIMES = 4.0  # the level of the neighbours
 FELT = 4.0  # robust standard deviations of the loss
 REACH = 8  # rows before and after, whose levels count
 AFTER = 3  # rows in which the loss may follow
-CHANCE = 0.01
+CHANCE = 0.03
+LONG = 3  # rows in a row, to believe a loss without norms
+MUCH = 0.2  # of the loss, likewise
 
 
 class Spike(NamedTuple):
@@ -36,7 +38,7 @@ class Spike(NamedTuple):
 
 
 def found(run: Run) -> list[Spike]:
-    """Returns the spikes of the norm, or of the loss where there are no norms."""
+    """Returns the spikes of the norm."""
     is_seen = ~run.bad & np.isfinite(run.peak) & (run.peak > 0)
     rows = np.flatnonzero(is_seen & ~_before_a_crash(run.bad))
     if len(rows) < 2 * REACH:
@@ -60,18 +62,42 @@ def spikes(run: Run) -> str | None:
     """Says that norms far above the others took the loss with them."""
     every = found(run)
     felt = [spike for spike in every if spike.follows]
+    if not np.isfinite(run.norm).any():
+        return _of_the_loss(run)
     if not felt or _by_chance(len(every), len(felt), run) > CHANCE:
         return None
     largest = max(felt, key=lambda spike: spike.times)
-    steps = ", ".join(str(spike.step) for spike in felt[:5])
-    more = f" and {len(felt) - 5} more" if len(felt) > 5 else ""
+    limit = _usual(run, largest.step)
+    clip = (
+        f" A clip at {short(limit)}, the 90th percentile of the norms before it, would"
+        " have cut it;"
+    )
     return (
-        f"SPIKES at step{'s' * (len(felt) > 1)} {steps}{more}: the gradient norm was up"
-        f" to {short(largest.times)} times that of its neighbours"
+        f"SPIKES at step{'s' * (len(felt) > 1)} {few((x.step for x in felt), 5)}: the"
+        f" gradient norm was up to {short(largest.times)} times that of its neighbours"
         f" ({short(largest.norm)} at step {largest.step}), and the loss rose with it."
-        f" {_recovered(run, felt[-1].step)} A clip at {short(_usual(run))}, the 90th"
-        " percentile of the norms, would have cut these steps; `skip_if_spike` leaves"
-        " them out."
+        f" {_recovered(run, felt[-1].step)}{clip * (limit < largest.norm)}"
+        " `skip_if_spike` leaves such steps out."
+    )
+
+
+def _of_the_loss(run: Run) -> str | None:
+    """Says that the loss was far above its neighbours for some rows.
+
+    Where there are no norms. One such row may be an average of few batches.
+    """
+    risen = _risen(run, MUCH) & ~_before_a_crash(run.bad)
+    edges = np.flatnonzero(np.diff(risen.astype(int), prepend=0, append=0))
+    long = [a for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a >= LONG]
+    if not long:
+        return None
+    highest = max(long, key=lambda row: run.loss[row])
+    return (
+        f"SPIKES at step{'s' * (len(long) > 1)} {few(run.step[long], 5)}: the loss was"
+        f" far above its neighbours, for {LONG} rows or more"
+        f" ({short(run.loss[highest])} at step {run.step[highest]})."
+        f" {_recovered(run, int(run.step[long[-1]]))} Log the gradient norm: if it"
+        " rises there too, a clip helps, or `skip_if_spike`."
     )
 
 
@@ -99,18 +125,20 @@ def _before_a_crash(bad: np.ndarray) -> np.ndarray:
     return near[: len(bad)] > 0
 
 
-def _usual(run: Run) -> float:
-    return float(np.percentile(run.norm[np.isfinite(run.norm) & ~run.bad], 90))
+def _usual(run: Run, step: int) -> float:
+    """Returns the 90th percentile of the hundred norms before a step."""
+    before = run.norm[np.isfinite(run.norm) & ~run.bad & (run.step < step)]
+    return float(np.percentile(before[-100:], 90)) if len(before) else np.inf
 
 
-def _risen(run: Run) -> np.ndarray:
+def _risen(run: Run, share: float = 1e-3) -> np.ndarray:
     """Returns the rows whose loss is far above that of the rows before and after."""
     loss = run.columns.get("peak/loss", run.loss)
     risen = np.zeros(len(loss), bool)
     rows = np.flatnonzero(np.isfinite(loss) & ~run.bad)
     if len(rows) >= 2 * REACH:
         above, usual = _above(loss[rows])
-        risen[rows] = above > max(FELT * usual, 1e-3 * np.abs(loss[rows]).mean())
+        risen[rows] = above > max(FELT * usual, share * np.median(np.abs(loss[rows])))
     return risen
 
 
@@ -121,9 +149,9 @@ def _above(values: np.ndarray) -> tuple[np.ndarray, float]:
     is no spike, up or down. The first rows have nothing to compare with.
     """
     level = rolling_median(values, 2 * REACH - 1)
-    last = len(values) - 1
-    places = np.arange(len(values))
-    before, after = np.maximum(places - REACH, 0), np.minimum(places + REACH, last)
-    above = values - np.maximum(level[before], level[after])
-    above[:REACH] = -np.inf
+    # At the end nothing comes after that could be the new level.
+    after = np.full(len(values) - REACH, -np.inf)
+    after[:-REACH] = level[2 * REACH :]
+    above = np.full(len(values), -np.inf)
+    above[REACH:] = values[REACH:] - np.maximum(level[:-REACH], after)
     return above, spread(values[REACH:] - level[REACH:])

@@ -1,6 +1,6 @@
 """Verdicts in plain words on what a run did, worst first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from optaxclip._advice import (
     weights,
 )
 from optaxclip._advice.run import Run, runs, short
-from optaxclip._looking.columns import History
 from optaxclip._looking.history import history as _history
 
 Rule = Callable[[Run], str | None]
@@ -43,10 +42,11 @@ INFORMATION: dict[str, list[Rule]] = {
 # What one verdict says already, so that the other is not told.
 SAYS = {"exploded": ["diverged", "growing"], "diverged": ["no_traction", "oscillating"]}
 NAMES = (*BAD, *INFORMATION, "too_short", "healthy")
+COMPLETE = {"step", "width", "nonfinite"}  # columns of every history
 ENOUGH = 10  # finite rows, to call a run healthy
 
 
-def diagnose(history: History, params: Any = None) -> dict[str, str]:
+def diagnose(history: Any, params: Any = None) -> dict[str, str]:
     """Returns what a run did, in sentences: what happened, the evidence, what to do.
 
     Args:
@@ -84,9 +84,12 @@ def diagnose(history: History, params: Any = None) -> dict[str, str]:
       ...     print(name, "-", sentence[:60])
       exploded - EXPLODED at step 10. The gradient norm grew from 2 to 900 in
     """
-    if not {"step", "width", "nonfinite"} <= {*history}:
+    is_history = isinstance(history, Mapping) and history.keys() >= COMPLETE
+    if not is_history:
         history = _history(history, params)
-    told = [_told(run) for run in runs(history, params)]
+    # What overflows is infinite, and compares as such.
+    with np.errstate(all="ignore"):
+        told = [_told(run) for run in runs(history, params)]
     found: dict[str, str] = {}
     for name in NAMES:
         texts = {i: x[name] for i, x in enumerate(told, 1) if name in x}
@@ -99,6 +102,8 @@ def diagnose(history: History, params: Any = None) -> dict[str, str]:
 
 def _told(run: Run) -> dict[str, str]:
     """Returns the verdicts on one run."""
+    if not len(run.step):
+        return {"too_short": "TOO SHORT: there are no rows."}
     bad, others = _said(BAD, run), _said(INFORMATION, run)
     for name, implied in SAYS.items():
         if name in bad:
@@ -134,7 +139,7 @@ def _healthy(run: Run) -> str:
         text += f" Loss: {first} at first, {last} at the end."
     if len(norms):
         high = short(np.percentile(norms, 90))
-        largest = max(norms.max(), np.max(run.peak[~run.bad & np.isfinite(run.peak)]))
+        largest = max(*norms, *run.peak[~run.bad & np.isfinite(run.peak)])
         text += (
             f" Gradient norms: median {short(np.median(norms))}, 90 % below {high},"
             f" largest {short(largest)}."

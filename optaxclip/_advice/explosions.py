@@ -43,8 +43,8 @@ class Growth(NamedTuple):
 def exploded(run: Run) -> str | None:
     """Says that the norm, or the loss, grew until it was not finite."""
     for crash in crashes(run):
-        found = growth(run, crash)
-        if found and not is_overflow(run, crash):
+        found = None if is_overflow(run, crash) else growth(run, crash)
+        if found:
             where = _who_grew(run, found) or who(run, crash)
             pace = f", about x {short(found.rate)} a step" if found.rate > 1 else ""
             return (

@@ -40,7 +40,7 @@ def oscillating(run: Run) -> str | None:
             f" at steps {where}. The steps are too large: lower the learning rate, or"
             " clip."
         )
-    usual, jump = float(np.median(value)), float(np.median(np.abs(np.diff(value))))
+    usual, jump = float(value.mean()), float(np.median(np.abs(np.diff(value))))
     is_little = len(value) < ROWS or jump < LITTLE * abs(usual)
     if is_little or _alternation(value) > UP_AND_DOWN:
         return None

@@ -6,6 +6,7 @@ from optaxclip._advice.run import Run, Series, coarse, evened, noise, series, sh
 
 ROWS = 12  # at least
 FLAT = 0.08  # of the loss
+LEAST = 1e-3  # of the loss, that is more than rounding
 AT_FIRST = 0.2  # of the loss, that it may have lost in its first rows
 
 
@@ -18,7 +19,11 @@ def no_traction(run: Run) -> str | None:
     level, change, error = trend(coarse(loss).value)
     most = (max(-change, 0) + 2 * error) / level
     early = np.median(loss.value[:3]) + 2 * noise(loss.value) / np.sqrt(3)
-    is_flat = most < FLAT and change < 3 * error and early < (1 + AT_FIRST) * level
+    is_flat = (
+        most < FLAT
+        and change <= 3 * error + LEAST * level
+        and early < (1 + AT_FIRST) * level
+    )
     if learns(loss) or not is_flat:
         return None
     norms = run.norm[np.isfinite(run.norm)]
@@ -37,10 +42,10 @@ def learns(loss: Series) -> bool:
     value = loss.value
     if len(value) < 3:
         return False
-    if value[0] - np.median(value[1:]) > 4 * noise(value[1:]):
-        return True
-    _, change, error = trend(coarse(loss).value)
-    return bool(change < -3 * error)
+    level, change, error = trend(coarse(loss).value)
+    drop = value[0] - np.median(value[1:])
+    least = LEAST * level
+    return bool(max(drop - 4 * noise(value[1:]), -change - 3 * error) > least)
 
 
 def trend(value: np.ndarray) -> tuple[float, float, float]:

@@ -36,7 +36,7 @@ def diverged(run: Run) -> str | None:
     run = evened(run)
     loss = coarse(series(run, run.loss))
     if len(loss.value) < ENOUGH:
-        return None
+        return _diverged_in_a_few(run, loss)
     window = max(3, len(loss.value) // 20)
     level = rolling_median(loss.value, window)
     best, end = int(np.argmin(level)), float(np.median(loss.value[-window:]))
@@ -51,7 +51,7 @@ def diverged(run: Run) -> str | None:
     return (
         f"DIVERGED: the loss was {short(low)} near step {since} and is {short(end)} at"
         f" the end, step {loss.step[-1]}; it began at {start}.{_norms(run, int(since))}"
-        " Mostly the steps are too large:"
+        " Most often the steps are too large:"
         f" {'begin anew' if best < window else again} with a lower learning rate or a"
         " lower threshold."
     )
@@ -84,6 +84,23 @@ def growing(run: Run) -> str | None:
     )
 
 
+def _diverged_in_a_few(run: Run, loss: Series) -> str | None:
+    """Says that the last three losses of an excerpt are far above the first two."""
+    first, last = loss.value[:2], loss.value[-3:]
+    if len(loss.value) < 5 or first.min() <= 0:
+        return None
+    times = last.min() / first.max()
+    norms = _norms_rose(run, int(loss.step[1]))
+    if times < TENFOLD and not (times > 3 and norms > 3):
+        return None
+    return (
+        f"DIVERGED: the loss was {short(first[-1])} at step {loss.step[1]} and is"
+        f" {short(np.median(last))} in the last rows.{_norms(run, int(loss.step[1]))}"
+        " Most often the steps are too large: go on from a checkpoint of before, with a"
+        " lower learning rate or a lower threshold."
+    )
+
+
 def _is_far(run: Run, loss: Series, low: Series, end: float) -> bool:
     """Whether a loss at its end is so far above its best that it means something.
 
@@ -103,9 +120,10 @@ def _is_far(run: Run, loss: Series, low: Series, end: float) -> bool:
 def _norms_rose(run: Run, step: int) -> float:
     """Returns how many times higher the norms are at the end than up to a step."""
     norm = series(run, run.norm)
-    near = norm.value[norm.step <= step][-10:]
-    usual = np.median(near) if len(near) else 0.0
-    return float(np.median(norm.value[-10:]) / usual) if usual > 0 else 0.0
+    near, after = norm.value[norm.step <= step][-10:], norm.value[norm.step > step]
+    if not len(near) or not len(after) or np.median(near) <= 0:
+        return 0.0
+    return float(np.median(after[-10:]) / np.median(near))
 
 
 def _no_better(loss: Series, early: np.ndarray, late: int) -> bool:

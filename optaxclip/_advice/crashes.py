@@ -78,4 +78,5 @@ def who(run: Run, crash: Crash) -> str:
     bad = [k for k, x in run.scopes.items() if not np.isfinite(x[crash.first])]
     if len(bad) == len(run.scopes):
         return ", every leaf at once" if len(bad) > 1 else ""
-    return f", in {few(bad)} of {len(run.scopes)}, the others finite" if bad else ""
+    share = f"({len(bad)} of {len(run.scopes)} leaves)"
+    return f", in {few(bad)} {share}, the others finite" if bad else ""

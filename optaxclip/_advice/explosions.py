@@ -71,7 +71,8 @@ def growth(run: Run, crash: Crash) -> Growth | None:
             is_high = last >= GROWTH * quiet
         else:  # nothing quiet is known
             quiet = column[near].min()
-            is_high = last >= GROWTH**2 * quiet
+            rises = len(near) > 3 and bool((np.diff(column[near[-4:]]) > 0).all())
+            is_high = last >= (GROWTH if rises else GROWTH**2) * quiet
         if is_high and last >= column[near].max() / 3:
             calm = rows[:-1][column[rows[:-1]] <= CALM * quiet]
             start = calm[-1] if len(calm) else near[0]

@@ -71,8 +71,8 @@ def _dead_leaves(run: Run) -> str | None:
             f" it.{_only_finite(run, first)}"
         )
     return (
-        f"{start}the gradient of {few(gone)} of {len(since)} leaves is exactly 0."
-        f" Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'} nothing any"
+        f"{start}the gradient of {few(gone)} ({len(gone)} of {len(since)} leaves) is"
+        f" exactly 0. Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'} nothing any"
         f" more.{_only_finite(run, first)}"
     )
 
@@ -94,8 +94,8 @@ def _dead_since(run: Run) -> str | None:
     return (
         f"DEAD since step {run.step[zero[0]]}: the gradient norm was"
         f" {short(before[-1])} before and is exactly 0 from there on, in {len(zero)}"
-        f" rows{_level(run, zero)}. Nothing is trained any more: units that are off for"
-        " every input, or examples that all give the same loss."
+        f" rows{_level(run, zero)}. Nothing is trained any more. Look for units that"
+        " are off for every input, and at examples that all give the same loss."
         f"{_only_finite(run, zero[0])}"
     )
 

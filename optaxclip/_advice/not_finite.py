@@ -24,8 +24,9 @@ RARE = 0.05  # of the rows
 
 SKIP = " `skip_if_nonfinite(optimizer)` keeps such a step out of the weights."
 FIRST = (
-    " No length of step can be the cause: look at the first batch, at the initial"
-    " weights, and at the dtype; float16 holds 65504 at most."
+    " If that is the very first step, no length of steps can be the cause: look at the"
+    " first batch, at the initial weights, and at the dtype; float16 holds 65504 at"
+    " most."
 )
 LATE = " What came before is not in the log."
 AT_ONCE = " Nothing grew before, so it is no explosion, and a clip can't repair it."
@@ -50,24 +51,25 @@ def not_finite(run: Run) -> str | None:
 
 def overflow_skips(run: Run) -> str | None:
     """Says that single steps were not finite while the run went on."""
-    averages = [x for x in crashes(run) if is_average(run, x)]
+    every = crashes(run)
+    averages = [x for x in every if is_average(run, x) and not is_overflow(run, x)]
     if averages:
         return (
             f"NOT FINITE NORMS from step {run.step[averages[0].first]} on, while the"
             " loss goes on to fall: an average with one infinite step in it looks so."
             " Log the norm of each step."
         )
-    found = [crash for crash in crashes(run) if is_overflow(run, crash)]
+    found = [crash for crash in every if is_overflow(run, crash)]
     if not found:
         return None
     rows = np.concatenate([np.arange(x.first, x.end) for x in found])
     by = "a guard skipped" if run.skipped[rows].all() else "apparently skipped"
     often = len(rows) > RARE * len(run.bad) and rows[-1] >= len(run.bad) / 2
     return (
-        f"NOT FINITE AND SKIPPED: {len(rows)} of {len(run.bad)} rows (step"
-        f" {few(run.step[rows], 5)}), {by}; the run went on. With float16 that is loss"
-        " scaling at work, and needs nothing as long as it is rare"
-        f"{', which it is not here' if often else ''}. Otherwise look at what is in"
+        f"NOT FINITE AND SKIPPED: {len(rows)} of {len(run.bad)} rows"
+        f" (step{'s' * (len(rows) > 1)} {few(run.step[rows], 5)}), {by}; the run went"
+        " on. With float16 that is loss scaling at work, and needs nothing as long as it"
+        f" is rare{', which it is not here' if often else ''}. Otherwise look at what is in"
         " these batches."
     )
 
@@ -77,7 +79,7 @@ def _from_the_first(run: Run, crash: Crash) -> str | None:
         return None
     return (
         f"NOT FINITE from the first row on, step {run.step[0]}{who(run, crash)}."
-        + (LATE if run.step[0] > run.width[0] else FIRST)
+        + (LATE if run.step[0] > 1 else FIRST)
         + _as_if_nothing(run, crash)
     )
 

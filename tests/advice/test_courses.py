@@ -67,6 +67,18 @@ def test_a_huge_loss_in_an_excerpt_seems_to_have_diverged():
     assert bad(history) == []
 
 
+def test_a_loss_that_rose_threefold_in_an_excerpt_diverged_with_its_norms():
+    loss = np.array([0.9, 1.0, 2.2, 5.1, 5.8, 6.0])
+    history = {"loss": loss, "norm": np.array([1.1, 1.5, 23.0, 60.0, 41.0, 12.0])}
+    assert bad(history)[0] == "diverged"
+    text = diagnose(history)["diverged"]
+    assert "the loss was 1 at step 1 and is 5.8 in the last rows." in text
+    assert "norm was 1.3 then, and 60 at its highest since" in text
+    step = 100 + np.arange(6)
+    assert list(diagnose({"step": step, "loss": loss})) == ["too_short"]
+    assert list(diagnose({"step": step, "loss": loss**3})) == ["diverged"]
+
+
 # growing
 
 
@@ -226,6 +238,14 @@ def test_a_spike_after_which_the_loss_stays_up_has_not_come_back():
 def test_a_loss_far_from_the_spike_does_not_follow_it():
     history = spiky()
     history["norm"] = np.roll(history["norm"], 40)
+    assert bad(history) == []
+
+
+def test_losses_that_follow_as_often_as_by_chance_are_no_spikes():
+    history = healthy(2000)
+    rng = np.random.default_rng(0)
+    history["norm"][rng.choice(2000, 40)] *= 50
+    history["loss"][rng.choice(2000, 40)] += 2.0
     assert bad(history) == []
 
 

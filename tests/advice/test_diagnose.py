@@ -88,10 +88,17 @@ def test_an_explosion_without_norms_is_told_by_the_loss():
     assert "The loss grew from 1.3 to 1e20 in the 5" in diagnose(history)["exploded"]
 
 
+def test_a_few_rows_that_rise_one_by_one_are_an_explosion_too():
+    norm = np.array([2.6, 2.6, 2.6, 2.8, 3.4, 5.9, 19.0, 60.0, NAN, NAN])
+    assert bad({"norm": norm}) == ["exploded"]
+    assert bad({"norm": norm[[0, 6, 1, 7, 2, 5, 3, 6, 8, 9]]}) == ["not_finite"]
+
+
 def test_norms_that_fell_for_long_explode_above_what_they_were_last():
     history = healthy()
-    history["norm"] *= np.geomspace(100, 0.1, 200)
-    history = with_end(history, 194, norm=[1, 8, 60, 500, NAN], loss=[1, 1, 1, 9, NAN])
+    history["norm"] *= np.geomspace(1000, 0.1, 200)
+    history = with_end(history, 194, norm=[1, 5, 25, 100, NAN], loss=[1, 1, 1, 9, NAN])
+    assert np.median(history["norm"]) > 10  # and yet a hundred is much by then
     assert bad(history) == ["exploded"]
 
 
@@ -131,7 +138,10 @@ def test_near_the_end_of_float16_this_is_named():
 def test_what_is_nan_from_the_start_is_so_before_any_step():
     history = {"step": np.arange(20), "loss": np.full(20, NAN)}
     text = diagnose(history)["not_finite"]
-    assert "NOT FINITE from the first row on, step 0. No length of step can be" in text
+    assert (
+        "NOT FINITE from the first row on, step 0. If that is the very first step,"
+        in text
+    )
     history["step"] += 500
     assert "What came before is not in the log" in diagnose(history)["not_finite"]
 
@@ -179,7 +189,7 @@ def test_single_infinite_steps_of_a_run_that_goes_on_are_skips():
     verdicts = diagnose(history)
     assert list(verdicts) == ["overflow_skips", "healthy"]
     text = verdicts["overflow_skips"]
-    assert "4 of 200 rows (step 30, 90, 91, 197), apparently skipped" in text
+    assert "4 of 200 rows (steps 30, 90, 91, 197), apparently skipped" in text
     assert "rare." in text
 
 

@@ -51,15 +51,15 @@ def test_layers_without_an_order_are_only_listed():
     names = ["decoder/kernel", "encoder/kernel", "head/kernel", "trunk/kernel"]
     history = with_norms(by_leaf(leaves=names), names[:2], slice(50, None), 0.0)
     assert (
-        "DEAD since step 50: the gradient of decoder/kernel, encoder/kernel of 4 leaves"
-        " is exactly 0. Unless frozen, they learn nothing any more."
+        "DEAD since step 50: the gradient of decoder/kernel, encoder/kernel (2 of 4"
+        " leaves) is exactly 0. Unless frozen, they learn nothing any more."
     ) in diagnose(history)["dead"]
 
 
 def test_a_layer_in_the_middle_does_not_cut_off_those_before_it():
     history = with_norms(by_leaf(), ["Dense_1/kernel"], slice(None), 0.0)
     text = diagnose(history)["dead"]
-    assert "the gradient of Dense_1/kernel of 8 leaves is exactly 0" in text
+    assert "the gradient of Dense_1/kernel (1 of 8 leaves) is exactly 0" in text
     assert "it learns nothing" in text and "cut off" not in text
 
 
@@ -161,7 +161,10 @@ def test_the_leaf_that_was_nan_first_is_named():
     history = with_norms(by_leaf(), LEAVES, slice(151, None), NAN)
     history["loss"][151:] = NAN
     text = diagnose(with_norms(history, ["Dense_2/kernel"], 150, NAN))["not_finite"]
-    assert "at step 150, in Dense_2/kernel of 8, the others finite; the norm" in text
+    assert (
+        "at step 150, in Dense_2/kernel (1 of 8 leaves), the others finite; the norm"
+        in text
+    )
 
 
 def test_all_leaves_at_once_name_none():

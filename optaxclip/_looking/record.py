@@ -29,10 +29,10 @@ class RecordState(NamedTuple):
     Attributes:
       seen: steps seen, and how many of them are rows: all but, of steps in a row that
         are not finite, those after the first; shape ``(2,)``, int32.
-      memory: shape ``(3, size, columns + 10)``, float32, or float64 where a leaf is: of
+      memory: shape ``(3, size, columns + 6)``, float32, or float64 where a leaf is: of
         each stretch one step and the largest finite values, and the last rows. The last
-        ten columns are the number of the step and how many steps there are, how many
-        skipped, clipped and not finite, each as two digits to the base 2**16.
+        six columns are the upper and the lower 16 bits of the number of the step, and
+        how many steps there are, how many skipped, clipped and not finite.
       scope_ids: which the scopes of the norm are, as in :class:`ClipState`.
       recorded_state: state of the wrapped optimizer.
     """
@@ -94,7 +94,7 @@ def record(
 
 
 def _after(state: Any, values: jax.Array, flags: Any, recorded: Any) -> RecordState:
-    columns = state.memory.shape[2] - stretches.DIGITS
+    columns = state.memory.shape[2] - stretches.OWN
     if values.size != columns:
         raise ValueError(
             f"Expected the state of a record with {values.size} columns, got"
@@ -139,7 +139,7 @@ def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
             " Take one of the batch, `jax.tree.map(lambda x: x[0], state)`."
         )
     past, last = stretches.in_order(memory, int(seen[1]))
-    drawn, largest, counts = map(np.concatenate, zip(past, last, strict=True))
+    drawn, largest = map(np.concatenate, zip(past, last, strict=True))
     known = _names.candidates(paths) if paths else {}
     scopes = _seen.of_scopes(ids, known)
     own = ["loss", "norm", *(f"norm/{name}" for name in scopes)]
@@ -148,21 +148,18 @@ def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
     order = [0, 1, *order, *range(len(own), len(names))]
     if not np.any(_shown(drawn[:, 0]) == drawn[:, 0]):
         order = order[1:]
-    of = {name: counts[:, i].astype(np.int64) for i, name in enumerate(COUNTS)}
-    columns = {"step": of["step"], "width": of["width"]}
-    columns |= {names[i]: _shown(drawn[:, i]) for i in order}
-    columns |= {name: of[name] for name in ("clipped", "skipped", "nonfinite")}
+    counts = drawn[:, -len(stretches.COUNTS) :].T.astype(np.int64)
+    of = dict(zip(stretches.COUNTS, counts, strict=True))
+    columns = {"step": stretches.steps(drawn), "width": of.pop("width")}
+    columns |= {names[i]: _shown(drawn[:, i]) for i in order} | of
     if len(past.drawn):
         columns |= {f"peak/{names[i]}": _shown(largest[:, i]) for i in order}
     return columns
 
 
-COUNTS = ("step", "width", "skipped", "clipped", "nonfinite")
-
-
 def _shown(values: np.ndarray) -> np.ndarray:
     """Returns what the numbers stand for, in float64."""
-    none = values <= stretches.none(values.dtype)
+    none = (values <= stretches.none(values.dtype)) & np.isfinite(values)
     large = infinity.is_infinite(values)
     return np.where(none, np.nan, np.where(large, np.inf, values)).astype(np.float64)
 

@@ -44,6 +44,8 @@ def is_nonfinite(norm: _scopes.Norm, own: jax.Array) -> jax.Array:
 
 def _total(sizes: jax.Array) -> jax.Array:
     """Returns the norm of vectors that have these norms."""
+    if sizes.size == 1:
+        return sizes[0]
     largest = jnp.max(sizes, initial=0)
     unit = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
     total = unit * reduce.root(jnp.sum(jnp.square(reduce.over(sizes, unit))), 2)

@@ -18,24 +18,24 @@ import numpy as np
 from optaxclip._trees import infinity
 
 MOST = int(np.iinfo(np.int32).max)
-STEP, WIDTH, SKIPPED, CLIPPED, NONFINITE = range(5)  # of the counts
 DRAWN, LARGEST, LAST = range(3)  # parts of the memory
-DIGITS = 10  # columns for the counts, two for each: whole numbers below 2**16
+HIGH, LOW = -6, -5  # columns: the number of a step, its upper half and its lower
+COUNTS = ("width", "skipped", "clipped", "nonfinite")  # the last columns
+OWN = 2 + len(COUNTS)  # columns that are not the user's
+YES_OR_NO = ("is_held", "leaves", "begins", "pairs")  # of a `Plan`
 
 
 class Row(NamedTuple):
-    """A row, or a stretch of them.
+    """A row, or a stretch of them: its columns are the last axis.
 
     Attributes:
-      drawn: the values of one of its steps, drawn evenly.
+      drawn: the values of one of its steps, drawn evenly, the number of that step, and
+        how many steps there were, were skipped, clipped, not finite.
       largest: of each value the largest finite one, `none` if there is no such.
-      counts: that step, and how many steps there were, how many of them were skipped,
-        how many clipped, how many not finite; int32.
     """
 
     drawn: Any
     largest: Any
-    counts: Any
 
 
 class Plan(NamedTuple):
@@ -51,7 +51,6 @@ class Plan(NamedTuple):
       first: slot of the first of these; the second is where the new one begins.
       seen: how many steps there were, with this one.
       kept: how many of them are rows.
-      counts: of the step.
     """
 
     is_held: Any
@@ -63,7 +62,6 @@ class Plan(NamedTuple):
     first: Any
     seen: Any
     kept: Any
-    counts: Any
 
 
 def none(dtype: Any) -> float:
@@ -73,7 +71,7 @@ def none(dtype: Any) -> float:
 
 def empty(size: int, columns: int, dtype: Any) -> jax.Array:
     """Returns the memory before the first step."""
-    return jnp.zeros((3, size, columns + DIGITS), dtype)
+    return jnp.zeros((3, size, columns + OWN), dtype)
 
 
 def after(
@@ -85,13 +83,15 @@ def after(
     are counted.
 
     Args:
-      memory: shape ``[3, size, columns + DIGITS]``.
+      memory: shape ``[3, size, columns + OWN]``.
       seen: how many steps and rows there were before, shape ``[2]``, int32.
       values: of the step.
       flags: whether it was skipped, clipped, not finite.
     """
-    plan = _planned(memory, *seen, flags)
-    rows = _rows(memory, plan, values)
+    plan = _planned(memory, *seen, flags[-1])
+    numbers = jnp.stack([seen[0] >> 16, seen[0] & 0xFFFF, 1, *flags])
+    new = jnp.concatenate([values, numbers.astype(values.dtype)])
+    rows = _rows(memory, plan, new)
     # All is read before anything is written, which then needs no copy.
     rows, memory = jax.lax.optimization_barrier((rows, memory))
     for part, slot, first, end in (
@@ -104,10 +104,10 @@ def after(
     return memory, jnp.stack([plan.seen, plan.kept])
 
 
-def _planned(memory: jax.Array, seen: Any, kept: Any, flags: Any) -> Plan:
+def _planned(memory: jax.Array, seen: Any, kept: Any, is_nonfinite: Any) -> Plan:
     size, bits = memory.shape[1], _bits(memory.shape[1])
-    newest = _row(_read(memory, LAST, (kept - 1) & (size - 1))[0]).counts
-    is_held = (flags[-1] > 0) & (newest[NONFINITE] > 0)
+    (newest,) = _read(memory, LAST, (kept - 1) & (size - 1))
+    is_held = is_nonfinite & (newest[-1] > 0)
     leaves = ~is_held & (kept >= size)
     number = jnp.maximum(kept - size, 0)  # of the row that leaves the ring
     level = jnp.maximum(32 - jax.lax.clz(number) - bits, 0)
@@ -123,51 +123,47 @@ def _planned(memory: jax.Array, seen: Any, kept: Any, flags: Any) -> Plan:
         first=slot ^ (1 << (level + bits - 1) % bits),
         seen=jnp.where(seen == MOST, seen, seen + 1),
         kept=jnp.where(is_held | (kept == MOST), kept, kept + 1),
-        counts=(seen, 1, *flags),
     )
-    # One vector, which is one kernel.
-    every = jnp.stack([jnp.asarray(x, jnp.int32) for x in jax.tree.leaves(plan)])
-    every = jax.lax.optimization_barrier(every)
-    return Plan(*every[: len(plan) - 1], counts=every[len(plan) - 1 :])
+    # One vector, and by selections: so it is one kernel, on a CPU too.
+    every = jnp.zeros((), jnp.int32)
+    for i, number in enumerate(plan):
+        every = jnp.where(jnp.arange(len(plan)) == i, number, every)
+    plan = Plan(*jax.lax.optimization_barrier(every))
+    return plan._replace(**{x: getattr(plan, x) > 0 for x in YES_OR_NO})
 
 
-def _rows(memory: jax.Array, plan: Plan, values: jax.Array) -> jax.Array:
+def _rows(memory: jax.Array, plan: Plan, new: jax.Array) -> jax.Array:
     """Returns what is to be written: two stretches in two parts, and the last row."""
-    old = _row(_read(memory, LAST, plan.place)[0])
-    new = Row(values, values, plan.counts)
-    held = old._replace(counts=_summed(jnp, old.counts, new.counts))
-    last = _where(jnp, plan.is_held, held, new)
+    (old,) = _read(memory, LAST, plan.place)
+    last = jnp.where(plan.is_held, _summed(jnp, old, new, old), new)
     first, own = (
-        _stretch(_read(memory, DRAWN, slot, 2)) for slot in (plan.first, plan.slot)
+        Row(*_read(memory, DRAWN, slot, 2)) for slot in (plan.first, plan.slot)
     )
-    leaving = old._replace(largest=_finite(jnp, old.drawn))
+    leaving = _fresh(jnp, old)
     grown = _where(jnp, plan.leaves, _joined(jnp, own, leaving), own)
-    stretches = (
-        _where(jnp, plan.pairs, _joined(jnp, first, own), first),
-        _where(jnp, plan.begins, leaving, grown),
-    )
-    parts = [x for row in stretches for x in (row.drawn, row.largest)]
-    counts = [x for row in stretches for x in (row.counts, 0 * row.counts)]
-    counts = jnp.stack([*counts, last.counts])
-    digits = jnp.concatenate([counts >> 16, counts & 0xFFFF], axis=1)
-    values = jnp.stack([*parts, last.drawn])
-    return jnp.concatenate([values, digits.astype(memory.dtype)], axis=1)
+    first = _where(jnp, plan.pairs, _joined(jnp, first, own), first)
+    return jnp.stack([*first, *_where(jnp, plan.begins, leaving, grown), last])
 
 
 def in_order(memory: np.ndarray, kept: int) -> tuple[Row, Row]:
     """Returns all stretches and the rows of the ring, from the oldest, as NumPy's."""
     size = memory.shape[1]
     newest = kept - size - 1  # of those that have left the ring
-    last = _row(memory[LAST, np.arange(max(newest + 1, 0), kept) & (size - 1)])
-    last = last._replace(largest=_finite(np, last.drawn))
+    last = memory[LAST, np.arange(max(newest + 1, 0), kept) & (size - 1)]
     level = max(max(newest, 0).bit_length() - _bits(size), 0)
     number = np.arange((newest >> level) + 1)
     own, others = (
-        _stretch(memory[:LAST, _slot(x, level, size)])
-        for x in (number, number ^ (size // 2))
+        Row(*memory[:LAST, _slot(x, level, size)]) for x in (number, number ^ size // 2)
     )
     apart = (number < size // 2) & (number + size // 2 > newest >> level) & (level > 0)
-    return _where(np, apart, _joined(np, own, others), own), last
+    whole = _where(np, apart[:, None], _joined(np, own, others), own)
+    return whole, _fresh(np, last)
+
+
+def steps(drawn: np.ndarray) -> np.ndarray:
+    """Returns the number of the step that each row shows."""
+    high, low = (drawn[..., i].astype(np.int64) for i in (HIGH, LOW))
+    return (high << 16) | low
 
 
 def _bits(size: int) -> int:
@@ -182,7 +178,7 @@ def _slot(number: Any, level: Any, size: int) -> Any:
 
 
 def _start(part: int, slot: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns where a row begins; what has no sign is not asked for it."""
+    """Returns where a row begins; without a sign, for nothing is behind the end."""
     return jnp.uint32(part), slot.astype(jnp.uint32), jnp.uint32(0)
 
 
@@ -191,51 +187,36 @@ def _read(memory: jax.Array, part: int, slot: jax.Array, parts: int = 1) -> jax.
     return jax.lax.dynamic_slice(memory, _start(part, slot), sizes)[:, 0]
 
 
-def _row(drawn: Any) -> Row:
-    """Returns a row of which nothing but its values and counts are known."""
-    values, digits = drawn[..., :-DIGITS], drawn[..., -DIGITS:].astype(np.int32)
-    return Row(values, values, (digits[..., :5] << 16) | digits[..., 5:])
-
-
-def _stretch(parts: Any) -> Row:
-    return _row(parts[0])._replace(largest=parts[1][..., :-DIGITS])
-
-
-def _finite(xp: Any, values: Any) -> Any:
-    return xp.where(xp.isfinite(values), values, none(values.dtype))
+def _fresh(xp: Any, drawn: Any) -> Row:
+    """Returns a stretch of one row."""
+    return Row(drawn, xp.where(xp.isfinite(drawn), drawn, none(drawn.dtype)))
 
 
 def _joined(xp: Any, first: Row, second: Row) -> Row:
     """Returns two stretches as one: of their draws that whose step has more luck."""
-    takes = _luck(xp, second.counts) > _luck(xp, first.counts)
-    step = xp.where(takes, second.counts, first.counts)
-    sums = _summed(xp, first.counts, second.counts)
-    return Row(
-        xp.where(takes, second.drawn, first.drawn),
-        xp.maximum(first.largest, second.largest),
-        xp.where(np.arange(5) == STEP, step, sums),
-    )
+    takes = _luck(xp, second.drawn) > _luck(xp, first.drawn)
+    drawn = xp.where(takes, second.drawn, first.drawn)
+    drawn = _summed(xp, first.drawn, second.drawn, drawn)
+    return Row(drawn, xp.maximum(first.largest, second.largest))
 
 
-def _summed(xp: Any, first: Any, second: Any) -> Any:
-    """Returns the sums of counts, the largest there is where one is too large."""
-    sums = first + xp.minimum(second, MOST - first)
-    return xp.where(np.arange(5) == STEP, first, sums)
+def _summed(xp: Any, first: Any, second: Any, rest: Any) -> Any:
+    """Returns the sums of what is counted, and the rest of the columns."""
+    is_count = np.arange(rest.shape[-1]) >= rest.shape[-1] - len(COUNTS)
+    return xp.where(is_count, first + xp.where(is_count, second, 0), rest)
 
 
-def _luck(xp: Any, counts: Any) -> Any:
-    """Returns a number for each step that looks random; no two have the same.
+def _luck(xp: Any, drawn: Any) -> Any:
+    """Returns a number for the step of each row, different ones that look random.
 
     It is MurmurHash3's last part, so that a run that goes on draws the same.
     """
-    x = counts[..., STEP : STEP + 1].astype(np.uint32)
-    x = x ^ np.uint32(0x9E3779B9)  # without, 0 would stay 0
-    x = (x ^ (x >> 16)) * xp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * xp.uint32(0xC2B2AE35)
+    high, low = (drawn[..., i, None].astype(np.uint32) for i in (HIGH, LOW))
+    x = ((high << 16) | low) ^ np.uint32(0x9E3779B9)  # without, 0 would stay 0
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _where(xp: Any, condition: Any, new: Row, old: Row) -> Row:
-    """Returns one of two stretches, each of which has a last axis of its own."""
-    condition = condition[..., None] > 0
     return Row(*(xp.where(condition, *pair) for pair in zip(new, old, strict=True)))

@@ -46,11 +46,80 @@ class RecordState(NamedTuple):
 
 
 def record(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | optax.MultiSteps,
     norm: _scopes.Norm = norms.leaf_norms,
     size: int = 256,
 ) -> optax.GradientTransformationExtraArgs:
-    """Records the run."""
+    """Records every step in the optimizer's state, like a flight recorder.
+
+    The updates are those of ``inner``, bit for bit. What the run was like is there
+    afterwards, whatever its length, and if it ends in NaN: wrap the whole optimizer.
+
+    .. code-block:: python
+
+      optimizer = optaxclip.record(
+          optax.chain(optaxclip.clip_by_global_norm(1.0), optax.adamw(1e-3))
+      )
+      updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
+
+    A row has the loss, if it is passed; the global L2 norm of the updates that come in,
+    and the norm of each scope; and of each clip inside what it saw: norm, threshold and
+    factor, of :func:`clip_by_value` the largest element and the share clipped. The last
+    ``size`` rows are kept one by one. Those before are in at most ``size`` stretches,
+    all equally long, which become twice as long whenever they are as many. Of a stretch
+    there is one row, drawn evenly, of every column the largest finite number, and how
+    many steps were skipped, clipped, and not finite.
+
+    Of steps in a row whose loss or norm is not finite only the first is a row. The
+    others are counted in it: so however long a run goes on with NaN, the steps before
+    are still there.
+
+    Guarantees:
+      * The updates, and the state of ``inner``, are those of ``inner``.
+      * The state has the same structure, shapes and dtypes after every step; its size
+        does not depend on how many there are. On finite steps it is finite.
+      * Rows are in order, and each step is counted in one of them.
+      * A run that is stopped and goes on has the record of one that was not.
+      * A step reads and writes two stretches and one row. A norm that a clip inside
+        measures of the same updates is measured once.
+
+    A step that a clip inside did not see has no numbers of it: one that a guard
+    skipped, or that ``optax.MultiSteps`` only accumulates. It is not counted as
+    clipped. A row counts up to 2**24 steps, more than there are in a stretch of a run
+    with 2**31 if ``size`` is 256.
+
+    Args:
+      inner: optimizer, with its clips and guards. A guard around a record would undo it
+        together with the step, and raises.
+      norm: of which scopes there are columns: :func:`norms.leaf_norms`, one for each
+        leaf or layer of a stack (:func:`over_layers`); ``norms.group_norms()``;
+        :func:`norms.global_norm`, none but that of all leaves.
+      size: how many of the last rows there are, and at most how many stretches; a power
+        of two. The state holds 3 * size * columns floats: with 250 leaves 0.8 MB, and
+        as much again for each number that a clip of leaves inside has.
+
+    Returns:
+      A :class:`optax.GradientTransformationExtraArgs` with state :class:`RecordState`.
+
+    Raises:
+      TypeError: ``inner`` is not a transformation, or ``norm`` not a norm; the loss
+        comes by another name than ``value``.
+      ValueError: ``size`` is not a power of two; when tracing, a norm of units, a loss
+        that is not one number or differs between devices, a state that belongs to
+        another optimizer; and what ``inner`` raises.
+
+    Examples:
+      >>> clip = optaxclip.clip_by_global_norm(1.0)
+      >>> tx = optaxclip.record(optax.chain(clip, optax.sgd(0.1)), size=4)
+      >>> params = {"w": jnp.array([1.0])}
+      >>> state = tx.init(params)
+      >>> for grad in 0.5, 2.0, jnp.nan, jnp.nan:
+      ...     grads = {"w": jnp.array([grad])}
+      ...     updates, state = tx.update(grads, state, params)
+      >>> seen, kept = state.seen
+      >>> print(f"{seen} steps, {kept} rows")
+      4 steps, 3 rows
+    """
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     inner = checks.transformation(inner, "inner", "optax.chain(clip, optax.sgd(0.1))")

@@ -11,6 +11,7 @@ import jax
 import optax
 
 import optaxclip
+from optaxclip import norms
 
 Tree = Any
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -50,6 +51,12 @@ GUARDS: dict[str, Guard] = {
     "skip_if_spike": optaxclip.skip_if_spike,
     OPTAX_GUARD: lambda inner: optax.apply_if_finite(inner, 10),
 }
+RECORD = "record"
+RECORDS: dict[str, Guard] = {
+    CLIP_ALONE: lambda inner: inner,
+    RECORD: optaxclip.record,
+    "record, global norm": lambda inner: optaxclip.record(inner, norms.global_norm),
+}
 # With the state that is, after a first step, what came out of the clip.
 OPTIMIZERS = {
     "momentum": (optax.sgd(0.01, momentum=0.9), "trace"),
@@ -65,6 +72,12 @@ def guarded(optimizer: str) -> dict[str, optax.GradientTransformation]:
     """Returns the optimizer with a clip, alone and within each guard."""
     inner = optax.chain(optaxclip.clip_by_global_norm(0.1), OPTIMIZERS[optimizer][0])
     return {name: guard(inner) for name, guard in GUARDS.items()}
+
+
+def recorded(clip: str) -> dict[str, optax.GradientTransformation]:
+    """Returns the optimizer with a clip, alone and within each record."""
+    inner = with_momentum(CLIPS[clip].ours)
+    return {name: record(inner) for name, record in RECORDS.items()}
 
 
 def make_step(optimizer: optax.GradientTransformation) -> Step:

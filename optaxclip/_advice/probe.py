@@ -25,6 +25,8 @@ SIZES = 0.0, 1e-3, 2e-3  # norms of the gradients
 COUNTS = 0, *(int(2 ** (power / 2)) for power in range(14, 41))  # up to a million
 STEPS = 64  # in a stretch
 FIRST, LATER = 8, 64  # stretches at most, at the first counts and at later ones
+MANY = 16  # leaves; fewer are asked one by one
+AHEAD = 2**10, 2**16, 0  # how much later many leaves are compared, and once more
 LONGER = 1.01  # steps that grow less from one doubling to the next have settled
 FAST_TO_COMPILE = {
     "xla_backend_optimization_level": 0,
@@ -51,28 +53,28 @@ class Reach(NamedTuple):
 
 def reach(optimizer: Optimizer, leaves: Leaves) -> Reach:
     """Asks an optimizer, outside of ``jit``, with params like these leaves."""
-    params = _shrunk(leaves, most=2)
+    params = _ones(leaves, most=2)
     try:
-        state = _start(optimizer, leaves, params)
+        kin = _kin(optimizer, leaves, params)
+        params, state = _one_of_each(optimizer, leaves, params, kin)
     except Exception:  # it holds arrays of the shapes of the params
-        params = _shrunk(leaves, most=None)
-        state = _start(optimizer, leaves, params)
-    carry = _lanes((params, state, (jnp.zeros(()), jnp.ones(()))))
+        kin = np.arange(len(leaves.counted))
+        params, state = _one_of_each(optimizer, leaves, _ones(leaves, None), kin)
     elements = _element(leaves, params, np.asarray(SIZES, np.float32))
-    elements = jnp.broadcast_to(elements, (len(COUNTS), len(SIZES)))
-    carry = *carry[:2], (elements, carry[2][1])
-    stretch = _stretch(optimizer, leaves)
+    told = jnp.tile(elements, (len(COUNTS), 1)), _lanes(jnp.ones(()))
+    carry, stretch = (*_lanes((params, state)), told), _stretch(optimizer, leaves)
     states, carry, first = _settled(stretch, carry, FIRST)
-    carry = carry[0], jax.tree.map(_advanced, *states), carry[2]
+    ahead = np.tile(np.asarray(COUNTS)[:, None], len(SIZES))
+    carry = carry[0], jax.tree.map(partial(_advanced, ahead), *states), carry[2]
     longest = np.maximum(first, _settled(stretch, carry, LATER)[2]).max(axis=0)
-    element = _element(leaves, params, 1.0)
-    counted = [jax.tree.leaves(params)[i].size for i in leaves.counted]
-    lengths = longest / (element * np.outer(SIZES[1:], np.sqrt(counted)))
+    sizes = np.asarray([jax.tree.leaves(params)[i].size for i in leaves.counted])
+    fed = np.outer(SIZES[1:], np.sqrt(sizes[sizes > 0])) / np.sqrt(sizes.sum())
+    lengths = (longest / fed)[:, np.searchsorted(np.flatnonzero(sizes), kin)]
     small, large = np.maximum(lengths[:, lengths[0].argmax()], 1e-30)
     return Reach(lengths[0], 1 + float(np.log2(large / small)))
 
 
-def _shrunk(leaves: Leaves, most: int | None) -> Any:
+def _ones(leaves: Leaves, most: int | None) -> Any:
     """Returns params with as many entries along each axis at most, in 32 bits."""
     made = []
     for leaf in leaves.leaves:
@@ -83,6 +85,51 @@ def _shrunk(leaves: Leaves, most: int | None) -> Any:
         kind = jnp.complex64 if jnp.iscomplexobj(made[i]) else jnp.float32
         made[i] = made[i].astype(kind)
     return leaves.treedef.unflatten(made)
+
+
+def _kin(optimizer: Optimizer, leaves: Leaves, params: Any) -> np.ndarray:
+    """Returns for each leaf that counts the first one with which the same is done.
+
+    Hundreds of layers take a minute to compile, and are all alike. So where there are
+    many leaves, those count as alike that have one shape and make the same first steps,
+    at the first counts and at later ones.
+    """
+    seen = np.arange(len(leaves.counted))
+    if len(seen) <= MANY:
+        return seen
+    told = jnp.float32(_element(leaves, params, SIZES[1])), jnp.ones(())
+    carry, moved = (params, optimizer.init(params), told), []
+
+    def step() -> tuple[Any, Any, Any]:
+        after, moves = _step(optimizer, leaves, carry)
+        moved.append(jax.device_get([jnp.ravel(x)[0] for x in moves]))
+        return after
+
+    while len(moved) < 2 or (len(moved) < MANY and not np.any(moved)):
+        carry = step()
+    for ahead in AHEAD:
+        states = [carry[1]]
+        for _ in range(2):
+            carry = step()
+            states.append(carry[1])
+        carry = carry[0], jax.tree.map(partial(_advanced, ahead), *states), carry[2]
+    if not np.any(moved):
+        return seen
+    shapes = [jax.tree.leaves(params)[i].shape for i in leaves.counted]
+    keys = [*zip(shapes, *moved, strict=True)]
+    return np.asarray([keys.index(key) for key in keys])
+
+
+def _one_of_each(
+    optimizer: Optimizer, leaves: Leaves, params: Any, kin: np.ndarray
+) -> tuple[Any, Any]:
+    """Empties the leaves that are like an earlier one; returns params and state."""
+    found = jax.tree.leaves(params)
+    for place, i in enumerate(leaves.counted):
+        if kin[place] != place and found[i].ndim:
+            found[i] = found[i][:0]
+    params = leaves.treedef.unflatten(found)
+    return params, _start(optimizer, leaves, params)
 
 
 def _element(leaves: Leaves, params: Any, size: Any) -> Any:
@@ -98,7 +145,12 @@ def _start(optimizer: Optimizer, leaves: Leaves, params: Any) -> Any:
     new = jax.eval_shape(step, (params, state, told))[0][1]
     if jax.tree.structure(new) != jax.tree.structure(state):
         return step((params, state, told))[0][1]
-    return jax.tree.map(lambda x, then: jnp.asarray(x).astype(then.dtype), state, new)
+
+    def cast(x: Any, then: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        return x if x.dtype == then.dtype else x.astype(then.dtype)
+
+    return jax.tree.map(cast, state, new)
 
 
 def _lanes(carry: Any) -> Any:
@@ -143,6 +195,7 @@ def _stretch(optimizer: Optimizer, leaves: Leaves) -> Stretch:
 
     def step(carry: Any, _: None) -> tuple[Any, list[jax.Array]]:
         carry, moves = steps(carry)
+        moves = [x for x in moves if x.size]
         drifts = [jnp.where(jnp.isfinite(x[:1]), x[:1], 0) for x in moves]
         ways = [x[1:] - drift for x, drift in zip(moves, drifts, strict=True)]
         return carry, [jnp.linalg.norm(x.reshape(len(x), -1), axis=1) for x in ways]
@@ -183,10 +236,10 @@ def _settled(
     return [states[0], *states[-2:]], carry, longest
 
 
-def _advanced(old: jax.Array, before: jax.Array, now: jax.Array) -> jax.Array:
+def _advanced(ahead: Any, old: Any, before: Any, now: Any) -> Any:
     """Moves a count to later steps: a whole number that grew in both stretches."""
     if not jnp.issubdtype(now.dtype, jnp.integer) or now.dtype.itemsize < 4:
         return now
-    if now.ndim != 2 or not jnp.all((old < before) & (before < now)):
+    if now.ndim != np.ndim(ahead) or not jnp.all((old < before) & (before < now)):
         return now
-    return now + jnp.asarray(COUNTS, now.dtype)[:, None]
+    return now + jnp.asarray(ahead, now.dtype)

@@ -57,8 +57,8 @@ def suggest_max_norm(
     tx = checks.transformation(optimizer, "optimizer", "optax.sgd(0.1)")
     checks.number(share, "share", remedy="")
     leaves = _counted(params)
-    seen = None if history is None else _norms_of(history)
-    found = probe.reach(tx, leaves)
+    seen = None if history is None else _median(history)
+    found = _reach(tx, leaves)
     if not found.lengths.max() > 0:
         raise ValueError(
             "Expected an optimizer that moves the params, got one whose updates are 0"
@@ -66,9 +66,7 @@ def suggest_max_norm(
             " count that was tried. Is its learning rate 0, or are all leaves frozen?"
         )
     if found.exponent > 0.5:
-        sizes = np.asarray(jax.tree.leaves(norms.leaf_norms(params)), float)
-        size = np.linalg.norm(sizes[found.lengths > 0])
-        return float(share * max(size, FLOOR) / found.lengths.max())
+        return float(share * max(_size(params, found), FLOOR) / found.lengths.max())
     if seen is None:
         raise ValueError(
             "Expected an optimizer whose steps are as long as its gradients are large,"
@@ -78,7 +76,30 @@ def suggest_max_norm(
             " pass its norms, `history={'norm': norms}`; or have their median learnt as"
             " it goes: `clip_by_global_norm(thresholds.streaming_quantile())`."
         )
-    return float(np.median(seen))
+    return seen
+
+
+def _reach(tx: optax.GradientTransformationExtraArgs, leaves: Leaves) -> probe.Reach:
+    try:
+        return probe.reach(tx, leaves)
+    except Exception as error:
+        error.add_note(
+            "Raised by the optimizer, where `suggest_max_norm` asked it by"
+            " `update(gradients, state, params, value=..., grad=..., value_fn=...)`."
+        )
+        raise
+
+
+def _size(params: Any, found: probe.Reach) -> float:
+    """Returns the norm of the params that are trained."""
+    sizes = np.asarray(jax.tree.leaves(norms.leaf_norms(params)), float)
+    size = float(np.linalg.norm(sizes[found.lengths > 0]))
+    if not np.isfinite(size):
+        raise ValueError(
+            f"Expected params that are finite, got some whose norm is {size}. Take"
+            " those that the run began with, or the last that were finite."
+        )
+    return size
 
 
 def _counted(params: Any) -> Leaves:
@@ -98,8 +119,8 @@ def _counted(params: Any) -> Leaves:
     return leaves
 
 
-def _norms_of(history: Any) -> np.ndarray:
-    """Returns the finite norms of a history."""
+def _median(history: Any) -> float:
+    """Returns the median of the finite norms, each as often as its row has steps."""
     if not isinstance(history, Mapping):
         raise TypeError(
             "Expected `history` to be a dict of arrays, got"
@@ -111,10 +132,13 @@ def _norms_of(history: Any) -> np.ndarray:
             f" gradients before the clip, got {', '.join(map(repr, history))}."
         )
     seen = np.asarray(history["norm"], float)
-    finite = seen[np.isfinite(seen)]
-    if seen.ndim != 1 or not finite.size:
+    finite = np.isfinite(seen)
+    if seen.ndim != 1 or not finite.any():
         raise ValueError(
             "Expected history['norm'] to be a vector with finite numbers, got an array"
-            f" of shape {seen.shape}, {finite.size} of them finite."
+            f" of shape {seen.shape}, {finite.sum()} of them finite."
         )
-    return finite
+    widths = np.broadcast_to(np.asarray(history.get("width", 1)), seen.shape)[finite]
+    order = seen[finite].argsort()
+    passed = widths[order].cumsum()
+    return float(seen[finite][order][np.searchsorted(passed, passed[-1] / 2)])

@@ -9,6 +9,7 @@ In reading order:
   layers: which layers are dead or starved, and what became of the weights?
   clipping: how often does the clip act?
   run: one run as the rules see it, and the measures of its noise.
+  asking: with what an optimizer is asked, and how it takes a step.
   probe: how far an optimizer moves the params, for each unit of the gradient.
   suggest: a threshold before the first step.
 

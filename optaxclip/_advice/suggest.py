@@ -16,6 +16,7 @@ from optaxclip._trees import leaves as _leaves
 from optaxclip._trees.leaves import Leaves
 
 FLOOR = 1.0  # of the norm of the params
+LOW = 0.1  # of the steps have norms that are lower than what a history suggests
 
 
 def suggest_max_norm(
@@ -30,34 +31,55 @@ def suggest_max_norm(
 
     with the reach :math:`r` of the optimizer: how far it moves the parameters in a step
     of a long, fully clipped stretch, for each unit of the gradient's norm. That is
-    learning rate / (1 - momentum) for SGD. So a step is a share of the weights at most,
-    however large the gradients are. A safe start, not a tuned threshold: sweep around
-    it.
+    learning rate / (1 - momentum) for SGD. So no step is longer than a share of the
+    weights, however large the gradients are. The optimizer itself is asked: schedules
+    (up to a million steps), weight decay, accumulated steps, guards are all in it.
+
+    This is a safe start, not a tuned threshold. Where weights have to grow far it is
+    too small, so train with it, **ask again with the params that the run came to**, and
+    train anew from the start. What is left to win a sweep around it finds.
+
+    The steps of Adam, and of all who divide gradients by their size, are as long as the
+    learning rate says. No threshold follows from those, so they need the history of a
+    run: its 10th percentile is suggested. With other optimizers a history is not looked
+    at: norms seen without a clip are no guide there, for the explosion made them.
+
+    Guarantees:
+      * The optimizer is asked with a state and params of its own: nothing that you hold
+        changes. No model, data or run is needed.
+      * Parameters that the optimizer does not move do not count.
 
     Args:
-      optimizer: any.
-      params: where the run begins.
-      history: of a run, needed where steps don't depend on the gradient's size.
+      optimizer: any transformation, the clip in it or not. A clip that is in it must
+        let norms up to 0.002 pass.
+      params: where the run begins, or where an earlier one ended.
+      history: columns of a run, in which ``norm`` is the global norm of the gradients
+        before the clip, for each step or, with ``width``, for as many.
       share: of the norm of the parameters, which the longest step may move them by.
 
     Returns:
-      The threshold, in units of the gradients.
+      The threshold, in units of the gradients: a Python number.
 
     Raises:
-      TypeError, ValueError: an argument that can't be meant; an optimizer that moves
-        nothing; one whose steps don't depend on the gradient's size, without history.
+      TypeError, ValueError: an argument that can't be meant; params that are not finite
+        or traced; an optimizer that moves nothing, or that searches along a line; one
+        whose steps don't depend on the size of the gradients, without a history.
 
     Examples:
-      >>> params = {"w": jnp.array([6.0, 8.0])}
-      >>> print(f"{optaxclip.suggest_max_norm(optax.sgd(0.1), params):.3f}")
-      3.000
+      >>> params = {"w": jnp.array([6.0, 8.0])}  # norm 10
+      >>> sgd = optax.sgd(0.1, momentum=0.9)
+      >>> print(f"{optaxclip.suggest_max_norm(sgd, params):.2f}")
+      0.30
+      >>> history = {"norm": np.array([2.0, 3.0, 40.0])}
+      >>> print(optaxclip.suggest_max_norm(optax.adam(1e-3), params, history))
+      2.0
     """
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     tx = checks.transformation(optimizer, "optimizer", "optax.sgd(0.1)")
     checks.number(share, "share", remedy="")
     leaves = _counted(params)
-    seen = None if history is None else _median(history)
+    seen = None if history is None else _low_norm(history)
     found = _reach(tx, leaves)
     if not found.lengths.max() > 0:
         raise ValueError(
@@ -72,9 +94,9 @@ def suggest_max_norm(
             "Expected an optimizer whose steps are as long as its gradients are large,"
             " or a history, got one for which twice the gradient makes a step"
             f" {2**found.exponent:.2g} times as long, as with Adam, and no history."
-            " No threshold follows from such steps. Record a run without a clip and"
-            " pass its norms, `history={'norm': norms}`; or have their median learnt as"
-            " it goes: `clip_by_global_norm(thresholds.streaming_quantile())`."
+            " No threshold follows from such steps. Record the norms of a run and pass"
+            " them, `history={'norm': norms}`; or have their median learnt as it goes:"
+            " `clip_by_global_norm(thresholds.streaming_quantile())`."
         )
     return seen
 
@@ -119,8 +141,8 @@ def _counted(params: Any) -> Leaves:
     return leaves
 
 
-def _median(history: Any) -> float:
-    """Returns the median of the finite norms, each as often as its row has steps."""
+def _low_norm(history: Any) -> float:
+    """Returns a percentile of the finite norms, each as often as its row has steps."""
     if not isinstance(history, Mapping):
         raise TypeError(
             "Expected `history` to be a dict of arrays, got"
@@ -141,4 +163,4 @@ def _median(history: Any) -> float:
     widths = np.broadcast_to(np.asarray(history.get("width", 1)), seen.shape)[finite]
     order = seen[finite].argsort()
     passed = widths[order].cumsum()
-    return float(seen[finite][order][np.searchsorted(passed, passed[-1] / 2)])
+    return float(seen[finite][order][np.searchsorted(passed, LOW * passed[-1])])

@@ -71,7 +71,7 @@ def bars(columns: Columns, name: str, width: int = WIDTH) -> str:
         values, finite = np.log(values), np.log(finite)
     low, high = finite.min(), finite.max()
     heights = (values - low) / ((high - low) or 1.0) * (len(BARS) - 1)
-    return "".join("x" if np.isnan(z) else BARS[round(z)] for z in heights)
+    return "".join(BARS[round(z)] if np.isfinite(z) else "x" for z in heights)
 
 
 def _table(rows: list[_leaves.Leaf]) -> Any:

@@ -46,8 +46,8 @@ def test_the_view_has_the_status_two_lines_of_bars_and_the_leaves():
 
 
 def test_a_bar_is_as_high_as_its_number_on_a_log_scale_and_a_cross_if_not_finite():
-    steps = [1.0, 10.0, 1e7, 1e3, np.nan, 1.0]
-    assert "norm ▁▂█▄x▁" in printed({"norm": steps})
+    steps = [1.0, 10.0, 1e7, 1e3, np.nan, np.inf, 1.0]
+    assert "norm ▁▂█▄xx▁" in printed({"norm": steps})
     assert "loss ▅▁█" in printed({"loss": [0.0, -1.0, 1.0]})
     assert "loss ▁▁" in printed({"loss": [2.0, 2.0]})
 

@@ -8,10 +8,10 @@ from optaxclip._plots.columns import Columns
 
 def of(columns: Columns) -> list[tuple[str, str]]:
     """Returns what the columns tell of steps, loss, norm and clip, as name and text."""
-    steps = columns["step"]
-    facts = [("steps", f"{steps[0]:.0f} to {_columns.end(columns):.0f}")]
-    if len(steps) < columns["width"].sum():
-        facts.append(("rows", f"{len(steps)}"))
+    steps, end = columns["width"].sum(), columns["to"][-1] - 1
+    facts = [("steps", f"{steps:.0f}, to number {end:.0f}")]
+    if len(columns["step"]) < steps:
+        facts.append(("rows", str(len(columns["step"]))))
     for name in ("loss", "norm", "learning_rate"):
         values = columns.get(name, np.empty(0))
         values = values[np.isfinite(values)]
@@ -20,7 +20,9 @@ def of(columns: Columns) -> list[tuple[str, str]]:
         if values.size and name == "loss":
             facts.append(("lowest loss", _canvas.number(values.min())))
         if values.size and name == "norm":
-            facts.append(("median norm", _canvas.number(float(np.median(values)))))
+            facts.append(
+                ("median norm", _canvas.number(_columns.median(columns[name], columns)))
+            )
     max_norms, share = _columns.max_norm(columns), _columns.clipped_share(columns)
     if max_norms is not None:
         last = max_norms[np.isfinite(max_norms)][-1]

@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 import numpy as np
 
 from optaxclip._plots import canvas as _canvas, columns as _columns, run as _run
-from optaxclip._plots.columns import Columns
 from optaxclip._plots.layers import layers
 from optaxclip._plots.thresholds import thresholds
 
@@ -16,26 +15,26 @@ WIDTH = 5.0  # inches: on a phone the text has nearly its size
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "optaxclip", "font.size": 10}
 
 
-def of(columns: Columns) -> dict[str, str]:
+def of(seen: Any) -> dict[str, str]:
     """Returns the pictures for which a history has the numbers, as SVG, by name."""
     figure = _canvas.figure(WIDTH, 4.6)
     from matplotlib import rc_context
 
     found = {}
     with rc_context(STYLE):
-        last = _columns.runs(columns)[-1]
+        last = _columns.runs(seen)[-1]
         axes = figure.subplots(2, sharex=True, **_run.heights(last))
-        _run.run(columns, axes)
+        _run.run(seen, axes)
         found["run"] = _svg(figure, "run", "Loss and gradient norm by step.")
-        if leaves := _columns.leaves(columns):
+        if leaves := _columns.leaves(last):
             height = float(np.clip(0.22 * len(leaves) + 1.6, 2.4, 8))
             figure = _canvas.figure(WIDTH, height)
-            layers(columns, figure.subplots())
+            layers(seen, figure.subplots())
             found["layers"] = _svg(figure, "layers", "Norm of every leaf by step.")
         norms = last.get("norm", np.zeros(1))
         if np.any(np.isfinite(norms) & (norms > 0)):
             figure = _canvas.figure(WIDTH, 3.4)
-            thresholds(columns, ax=figure.subplots())
+            thresholds(seen, ax=figure.subplots())
             text = "Share of the steps that each threshold would have clipped."
             found["thresholds"] = _svg(figure, "thresholds", text)
     return found

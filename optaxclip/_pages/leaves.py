@@ -50,7 +50,7 @@ def table(columns: Columns) -> list[Leaf]:
         largest = np.max(peaks, where=np.isfinite(peaks), initial=finite.max())
         recent = float(np.median(finite[-RECENT:]))
         mark = _mark(columns["step"], values, is_bad)
-        middle = float(np.median(finite))
+        middle = _columns.median(values, columns)
         rows.append(Leaf(path, now, middle, recent, float(largest), share, mark))
     return rows
 

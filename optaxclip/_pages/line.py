@@ -57,7 +57,7 @@ def _is_row(seen: Mapping[Any, Any]) -> bool:
 
 def _of_history(seen: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the last row of a history, with what all rows tell of clip and guard."""
-    columns = _columns.runs(_columns.read(seen))[-1]
+    columns = _columns.runs(seen)[-1]
     row: dict[str, Any] = {name: x[-1] for name, x in columns.items()}
     row |= {"step": int(columns["step"][-1])}
     if (share := _columns.clipped_share(columns)) is not None:

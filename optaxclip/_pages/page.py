@@ -55,10 +55,8 @@ def report(history: Any, path: str | os.PathLike[str]) -> None:
       <!DOCTYPE html>
     """
     seen = _history(history)
-    columns = _columns.read(seen)
-    verdicts = diagnose(seen)
-    pictures = _figures.of(columns)
-    last = _columns.runs(columns)[-1]
+    verdicts, pictures = diagnose(seen), _figures.of(seen)
+    last = _columns.runs(seen)[-1]
     title = ", ".join(_words(name) for name in verdicts)
     body = [
         f"<h1>{html.escape(title.capitalize())}</h1>",

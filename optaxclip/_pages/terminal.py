@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from optaxclip._looking.history import history as _history
 from optaxclip._pages import leaves as _leaves
 from optaxclip._pages.line import status
 from optaxclip._plots import canvas as _canvas, columns as _columns
@@ -43,9 +44,10 @@ def live(history: Any) -> Any:
       loss █▅▁
       norm █▃▁
     """
-    columns = _columns.runs(_columns.read(history))[-1]
+    seen = _history(history)
+    columns = _columns.runs(seen)[-1]
     text = _rich("text").Text
-    parts = [text(status(columns))]
+    parts = [text(status(seen))]
     for name in ("loss", "norm"):
         if _columns.is_there(columns.get(name)):
             parts.append(text(f"{name} {bars(columns, name)}"))

@@ -13,20 +13,40 @@ COUNTS = ("width", "clipped", "skipped", "nonfinite")  # add up where rows are j
 GLOBAL = re.compile(r"clip(_\d+)?(/.+)?/max_norm")  # of a clip with one threshold
 
 
-def read(seen: Any) -> Columns:
-    """Returns the columns of what `history` takes, as floats."""
-    return {name: np.asarray(x, float) for name, x in history(seen).items()}
+def runs(seen: Any) -> list[Columns]:
+    """Returns the columns of each run in what `history` takes, as floats.
 
-
-def runs(columns: Columns) -> list[Columns]:
-    """Returns each run by itself, where a file holds several; the last is the last."""
-    if "run" not in columns:
-        return [columns]
-    numbers = columns["run"]
+    With those of `history` there are `from` and `to`, the steps between which a row
+    lies, and `peak/norm`.
+    """
+    columns = {name: np.asarray(x, float) for name, x in history(seen).items()}
+    numbers = columns.pop("run", np.zeros(len(columns["step"])))
     return [
-        {name: x[numbers == number] for name, x in columns.items()}
+        _spanned({name: x[numbers == number] for name, x in columns.items()})
         for number in np.unique(numbers)
     ]
+
+
+def _spanned(columns: Columns) -> Columns:
+    """Returns a run with its spans: rows follow each other, each as wide as it is.
+
+    The last ends at its step, but where steps that were not finite are counted in it.
+    Where that leaves a step outside of its row, rows meet halfway.
+    """
+    step, width = columns["step"], columns["width"]
+    end = step[-1] + (width[-1] if columns["nonfinite"][-1] > 1 else 1)
+    edges = end - np.append(np.cumsum(width[::-1])[::-1], 0)
+    if np.any(step < edges[:-1]) or np.any(step >= edges[1:]):
+        middles = np.ceil((step[:-1] + step[1:]) / 2)
+        edges = np.concatenate([step[:1], middles, [end]])
+    found = columns | {"from": edges[:-1], "to": edges[1:]}
+    norms, max_norms = columns.get("norm"), max_norm(columns)
+    if norms is not None:
+        finite = np.where(np.isfinite(norms), norms, np.nan)
+        found["peak/norm"] = np.fmax(columns.get("peak/norm", finite), finite)
+    if norms is not None and max_norms is not None and "clipped" not in columns:
+        found["clipped"] = np.where(norms > max_norms, width, 0)
+    return found
 
 
 def leaves(columns: Columns) -> Columns:
@@ -48,20 +68,24 @@ def is_there(values: np.ndarray | None) -> bool:
     return values is not None and bool(np.any(np.isfinite(values)))
 
 
-def clipped(columns: Columns) -> np.ndarray | None:
-    """Returns how many steps of each row were clipped, None where nothing tells."""
-    if "clipped" in columns:
-        return columns["clipped"]
-    norms, max_norms = columns.get("norm"), max_norm(columns)
-    if norms is None or max_norms is None:
-        return None
-    return np.where(norms > max_norms, columns["width"], 0)
-
-
 def clipped_share(columns: Columns) -> float | None:
     """Returns the share of the steps that were clipped, None where nothing tells."""
-    counts = clipped(columns)
-    return None if counts is None else float(counts.sum() / columns["width"].sum())
+    if "clipped" not in columns:
+        return None
+    return float(columns["clipped"].sum() / columns["width"].sum())
+
+
+def median(values: np.ndarray, columns: Columns) -> float:
+    """Returns the median of the finite values, each as often as it has finite steps."""
+    finite = columns["width"] - columns["nonfinite"]
+    told = np.isfinite(values) & (finite > 0)
+    if not told.any():
+        return np.nan
+    order = np.argsort(values[told], kind="stable")
+    values, reached = values[told][order], np.cumsum(finite[told][order])
+    low = np.searchsorted(reached, reached[-1] / 2)
+    high = np.searchsorted(reached, reached[-1] / 2, side="right")
+    return float((values[low] + values[high]) / 2)
 
 
 def crash(columns: Columns) -> int | None:
@@ -77,31 +101,22 @@ def crash(columns: Columns) -> int | None:
     return int(lost[0]) if lost.size else None
 
 
-def end(columns: Columns) -> float:
-    """Returns the step at which the record ends."""
-    return float(columns["step"][-1] + columns["width"][-1] - 1)
-
-
 def shown(columns: Columns) -> Columns:
     """Returns the rows to draw: after a crash no more steps than there were before."""
-    row, steps = crash(columns), columns["step"]
+    row = crash(columns)
     if not row:
         return columns
-    last = 2 * steps[row] - steps[0]
-    return {name: x[steps <= last] for name, x in columns.items()}
+    end = 2 * columns["from"][row] - columns["from"][0]
+    kept = {name: x[columns["from"] < end] for name, x in columns.items()}
+    return kept | {"to": np.minimum(kept["to"], end)}
 
 
 def thinned(columns: Columns, rows: int) -> Columns:
     """Returns at most so many rows, each of which stands for a stretch.
 
     Of each stretch the finite entry nearest to its middle is drawn; counts are summed,
-    and `peak/norm` is the largest.
+    and of the peaks the largest is kept.
     """
-    columns = dict(columns)
-    if "norm" in columns:
-        norms = columns["norm"]
-        finite = np.where(np.isfinite(norms), norms, np.nan)
-        columns["peak/norm"] = np.fmax(columns.get("peak/norm", finite), finite)
     group = -(-len(columns["step"]) // rows)
     return {name: _grouped(name, x, group) for name, x in columns.items()}
 
@@ -110,11 +125,11 @@ def _grouped(name: str, values: np.ndarray, group: int) -> np.ndarray:
     lacking = -len(values) % group
     empty = 0.0 if name in COUNTS else np.nan
     table = np.pad(values, (0, lacking), constant_values=empty).reshape(-1, group)
-    if name == "step":
+    if name == "from":
         return table[:, 0]
     if name in COUNTS:
         return table.sum(axis=1)
-    if name.startswith("peak/"):
+    if name == "to" or name.startswith("peak/"):
         return np.fmax.reduce(table, axis=1)
     table = table[:, np.argsort(np.abs(np.arange(group) - (group - 1) // 2))]
     chosen = np.argmax(np.isfinite(table), axis=1)

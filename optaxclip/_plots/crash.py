@@ -19,7 +19,7 @@ def hatch(axes: Sequence[Any], columns: Columns) -> None:
     """Hatches the axes from the first step on from which nothing is finite."""
     row = _columns.crash(columns)
     assert row is not None
-    start, end = columns["step"][row], _columns.end(columns)
+    start, end = columns["step"][row], columns["to"][-1] - 1
     left, right = axes[0].get_xlim()
     right = max(right, start + 0.04 * (right - left))
     for ax in axes:
@@ -30,7 +30,7 @@ def hatch(axes: Sequence[Any], columns: Columns) -> None:
     text = f" not finite from step {start:.0f} on"
     text += f" (to step {end:.0f}) " if end > right else " "
     place: Any = {"transform": axes[0].get_xaxis_transform(), "va": "top"}
-    place["ha"] = "left" if start <= (left + right) / 2 else "right"
+    place["ha"] = "left" if start < left + 0.6 * (right - left) else "right"
     axes[0].text(start, 0.97, text, bbox=BADGE, **place, **SMALL)
 
 
@@ -48,7 +48,7 @@ def inset(axes: Sequence[Any], columns: Columns) -> None:
     steps, values = run.step[before], values[before]
     ax = axes[1] if is_norm else axes[0]
     left, right = ax.get_xlim()
-    is_early = columns["step"][row] < left + 0.55 * (right - left)
+    is_early = columns["step"][row] < left + 0.6 * (right - left)
     small = ax.inset_axes((0.57 if is_early else 0.12, 0.38, 0.4, 0.42))
     small.plot(steps, values, color=INK, linewidth=1.2, marker=".")
     ends = [found.high / found.rate**found.steps, found.high]

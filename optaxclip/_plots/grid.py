@@ -16,37 +16,50 @@ class Grid(NamedTuple):
 
     Attributes:
       paths: of the leaves, in forward order.
+      steps: drawn, `[columns]`.
       edges: steps between which each column lies, `[columns + 1]`.
       norms: of the leaves, NaN where there is none, `[leaves, columns]`.
       bad: whether it is not finite, `[leaves, columns]`.
       medians: of the norms above 0 of each leaf, NaN if there is none.
       zero_since: step since which each leaf is exactly 0 to the end, NaN if it isn't.
+      bad_since: step since which always one is not finite, NaN if the last are.
     """
 
     paths: list[str]
+    steps: np.ndarray
     edges: np.ndarray
     norms: np.ndarray
     bad: np.ndarray
     medians: np.ndarray
     zero_since: np.ndarray
+    bad_since: float
 
 
 def of(history: Any) -> Grid:
     """Returns the grid of a history; of several runs in one file that of the last."""
-    columns = _columns.runs(_columns.read(history))[-1]
+    columns = _columns.runs(history)[-1]
     if not _columns.leaves(columns):
+        names = ", ".join(x for x in columns if x not in ("from", "to"))
         raise ValueError(
-            "Expected norms of leaves, columns `norm/<path>`, got"
-            f" {', '.join(columns)}. `optaxclip.record` keeps them."
+            f"Expected norms of leaves, columns `norm/<path>`, got {names}."
+            " `optaxclip.record` keeps them."
         )
     columns = told(columns)
-    paths, norms, _ = measured(columns)
-    since = np.array([zero_since(columns["step"], x) for x in norms])
-    medians = np.array([_median(x[x > 0]) for x in norms])
+    paths, norms, bad = measured(columns)
+    sound = np.flatnonzero(~bad.any(axis=0))
+    lost = columns["step"][sound[-1] + 1 if sound.size else 0 :]
     drawn = _columns.thinned(_columns.shown(columns), ROWS)
-    _, norms, bad = measured(drawn)
-    edges = np.append(drawn["step"], _columns.end(drawn) + 1)
-    return Grid(paths, edges, norms, bad, medians, since)
+    _, shown, is_bad = measured(drawn)
+    return Grid(
+        paths=paths,
+        steps=drawn["step"],
+        edges=np.append(drawn["from"], drawn["to"][-1]),
+        norms=shown,
+        bad=is_bad,
+        medians=np.array([_above_zero(x, columns) for x in norms]),
+        zero_since=np.array([zero_since(columns["step"], x) for x in norms]),
+        bad_since=float(lost[0]) if lost.size else np.nan,
+    )
 
 
 def ratios(grid: Grid) -> np.ndarray:
@@ -61,23 +74,15 @@ def message(grid: Grid) -> str:
     if dead.any():
         since, of = grid.zero_since[dead].max(), "leaf" if len(dead) == 1 else "leaves"
         return f"{dead.sum()} of {len(dead)} {of}: exactly 0 from step {since:.0f} on"
-    lost = _lost_from(grid.bad)
-    if lost < grid.bad.shape[1]:
-        return f"Not finite from step {grid.edges[lost]:.0f} on"
+    if np.isfinite(grid.bad_since):
+        return f"Not finite from step {grid.bad_since:.0f} on"
     found = ratios(grid)
     if not np.isfinite(found).any():
         return "No norm above 0"
     row, column = np.unravel_index(np.nanargmax(found), found.shape)
     most = _canvas.number(float(10 ** found[row, column]))
-    return (
-        f"At most {most} times the median of a leaf, at step {grid.edges[column]:.0f}"
-    )
-
-
-def _lost_from(bad: np.ndarray) -> int:
-    """Returns from which column on there is always a leaf that is not finite."""
-    sound = np.flatnonzero(~bad.any(axis=0))
-    return int(sound[-1]) + 1 if sound.size else 0
+    step = grid.steps[column]
+    return f"At most {most} times the median of a leaf, at step {step:.0f}"
 
 
 def told(columns: Columns) -> Columns:
@@ -115,5 +120,6 @@ def zero_since(steps: np.ndarray, norms: np.ndarray) -> float:
     return float(steps[first])
 
 
-def _median(values: np.ndarray) -> float:
-    return float(np.median(values)) if values.size else np.nan
+def _above_zero(norms: np.ndarray, columns: Columns) -> float:
+    """Returns the median of the norms above 0."""
+    return _columns.median(np.where(norms > 0, norms, np.nan), columns)

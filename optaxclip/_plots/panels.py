@@ -9,6 +9,7 @@ from optaxclip._plots.canvas import ACCENT, DASHES, GREY, INK, PALE
 from optaxclip._plots.columns import Columns
 
 BINS = 100  # bars of the share clipped
+HEIGHT = 0.08  # of the axes, for a share of 1
 FAR = 1e3  # a threshold so many times above or below all norms is named, not drawn
 
 
@@ -117,15 +118,13 @@ def _threshold(ax: Any, columns: Columns, values: np.ndarray) -> None:
 
 def _rug(ax: Any, columns: Columns) -> None:
     """Draws bars at the bottom, as high as the share of the steps that was clipped."""
-    clipped = _columns.clipped(columns)
-    if clipped is None or not clipped.any():
+    if "clipped" not in columns or not columns["clipped"].any():
         return
-    step, width = columns["step"], columns["width"]
-    edges = np.linspace(step[0], step[-1] + width[-1], min(BINS, len(step)) + 1)
-    total, _ = np.histogram(step, edges, weights=width)
-    share = np.histogram(step, edges, weights=clipped)[0] / np.maximum(total, 1)
-    place: Any = {"transform": ax.get_xaxis_transform(), "align": "edge"}
-    ax.bar(edges[:-1], 0.08 * share, np.diff(edges), color=ACCENT, **place)
+    few = _columns.thinned(columns, BINS)
+    edges = np.append(few["from"], few["to"][-1])
+    place: Any = {"transform": ax.get_xaxis_transform(), "fill": True}
+    heights = HEIGHT * few["clipped"] / np.maximum(few["width"], 1)
+    ax.stairs(heights, edges, color=ACCENT, **place)
     ax.text(1, 0.04, " clipped", transform=ax.transAxes, va="center", **_canvas.SMALL)
 
 

@@ -47,7 +47,7 @@ def run(history: Any, axes: Sequence[Any] | None = None) -> tuple[Any, Any]:
       >>> print(loss_axes.get_title(loc="left"))
       The gradient norm: 2 in the middle, 9 at most
     """
-    parts = _columns.runs(_columns.read(history))
+    parts = _columns.runs(history)
     last = parts[-1]
     if axes is None:
         figure: Any = {"figsize": (6.4, 5), "sharex": True, **heights(last)}
@@ -57,7 +57,7 @@ def run(history: Any, axes: Sequence[Any] | None = None) -> tuple[Any, Any]:
     drawn = [_columns.thinned(_columns.shown(part), ROWS) for part in parts]
     _panels.loss(loss_axes, drawn[-1], drawn[:-1])
     _panels.norm(norm_axes, drawn[-1], drawn[:-1])
-    first, end = last["step"][0], _columns.end(_columns.shown(last))
+    first, end = drawn[-1]["from"][0], drawn[-1]["to"][-1] - 1
     for ax in (loss_axes, norm_axes):
         _canvas.bare(ax)
         ax.set_xlim(first, end) if end > first else ax.set_xlim(first - 1, first + 1)
@@ -87,10 +87,10 @@ def _message(columns: Columns) -> str:
         return f"Not finite from step {columns['step'][lost]:.0f} on"
     if norms is None or not _columns.is_there(norms):
         return _of_loss(columns)
-    norms = norms[np.isfinite(norms)]
-    largest, share = _canvas.number(norms.max()), _columns.clipped_share(columns)
+    largest = _canvas.number(np.nanmax(columns["peak/norm"]))
+    share = _columns.clipped_share(columns)
     if share is None or (share == 0 and max_norms is None):
-        middle = _canvas.number(float(np.median(norms)))
+        middle = _canvas.number(_columns.median(norms, columns))
         return f"The gradient norm: {middle} in the middle, {largest} at most"
     if share == 0:
         return f"The clip never acted: the largest norm was {largest}"

@@ -44,7 +44,7 @@ def thresholds(history: Any, suggestion: float | None = None, ax: Any = None) ->
       `Deep Learning Tuning Playbook
       <https://github.com/google-research/tuning_playbook>`_, on gradient clipping.
     """
-    columns = _columns.runs(_columns.read(history))[-1]
+    columns = _columns.runs(history)[-1]
     norms, weights = _norms(columns)
     if suggestion is not None and not 0 < suggestion < np.inf:
         raise ValueError(f"Expected a suggestion above 0, got {suggestion}.")

@@ -72,7 +72,24 @@ def test_what_is_not_finite_is_white_with_crosses_and_no_zero_after_it_is_black(
     assert set(rows) == set(range(6))
     assert steps.min() >= first
     assert title(ax) == f"Not finite from step {first} on"
-    assert ax.get_xlim() == (0, 2 * first + 1)
+    assert ax.get_xlim() == (0, 2 * first)
+
+
+def test_rows_of_a_record_are_as_wide_as_their_stretches_and_count_as_often():
+    columns = {"step": [21, 75, 128, 129], "width": [64, 64, 1, 1]}
+    ax = drawn(columns | {"norm/w": [1.0, 2.0, 9.0, 9.0]})
+    _, image = colours(ax)
+    edges = image.get_coordinates()[0, :, 0]
+    assert list(edges) == [0, 64, 128, 129, 130]
+    assert ax.child_axes[0].patches[0].get_width() == 2
+    assert title(ax) == "At most 4.5 times the median of a leaf, at step 128"
+
+
+def test_steps_that_are_not_finite_do_not_count_in_the_median():
+    columns = {"step": [0, 1, 2, 3], "width": [1, 1, 1, 97], "nonfinite": [0, 0, 0, 97]}
+    columns |= {"norm": [2, 2, 2, np.inf], "norm/a": [1.0, 3, 5, 1e9]}
+    (bars,) = drawn(columns | {"norm/b": [1.0, 1, 1, np.inf]}).child_axes
+    assert [bar.get_width() for bar in bars.patches] == [3, 1]
 
 
 def test_one_leaf_that_is_not_finite_is_crossed_alone():

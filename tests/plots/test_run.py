@@ -55,8 +55,9 @@ def test_the_area_from_the_threshold_to_the_norm_is_what_the_clip_took_away():
 def test_bars_at_the_bottom_are_the_share_of_steps_clipped():
     history = {name: column[:100] for name, column in small_runs.dead().items()}
     loss, norm = drawn(history)
-    bars = [x.get_height() for x in norm.patches if x.get_width() == 1]
-    np.testing.assert_allclose(bars, 0.08 * history["clipped"])
+    (bars,) = [x.get_data() for x in norm.patches]
+    np.testing.assert_allclose(bars.values, 0.08 * history["clipped"])
+    np.testing.assert_array_equal(bars.edges, range(101))
     share = 100 * history["clipped"].mean()
     assert (
         title(loss)
@@ -68,7 +69,7 @@ def test_what_is_not_finite_to_the_end_is_hatched_from_its_first_step_on():
     history = small_runs.exploding()
     first = int(np.argmax(history["nonfinite"]))
     loss, norm = drawn(history)
-    assert hatched(loss) == hatched(norm) == [(first, 2 * first)]
+    assert hatched(loss) == hatched(norm) == [(first, 2 * first - 1)]
     assert title(loss) == f"Not finite from step {first} on"
     assert f"not finite from step {first} on (to step 639)" in texts(loss)
 
@@ -98,10 +99,54 @@ def test_what_did_not_grow_has_no_inset():
 def test_the_band_reaches_to_the_largest_norm_of_each_stretch():
     norms = np.array([1.0, 2.0, 1.5])
     peaks = np.array([1.0, 9.0, 4.0])
-    history = {"norm": norms, "peak/norm": peaks, "width": [4, 4, 4], "step": [2, 5, 9]}
+    history = {
+        "norm": norms,
+        "peak/norm": peaks,
+        "width": [4, 4, 4],
+        "step": [2, 5, 11],
+    }
     _, norm = drawn(history)
     corners = {tuple(x) for x in filled(norm, "largest")}
-    assert {(5.0, 2.0), (5.0, 9.0), (9.0, 1.5), (9.0, 4.0)} <= corners
+    assert {(5.0, 2.0), (5.0, 9.0), (11.0, 1.5), (11.0, 4.0)} <= corners
+
+
+# As a record keeps them: stretches of 64 steps, of each one step, then the last steps.
+STRETCHES = {
+    "step": [21, 75, 128, 129, 130],
+    "width": [64, 64, 1, 1, 1],
+    "norm": [1.0, 2.0, 9.0, 9.0, 9.0],
+    "peak/norm": [1.0, 50.0, 9.0, 9.0, 9.0],
+    "clipped": [16, 64, 0, 1, 0],
+}
+
+
+def test_rows_of_a_record_lie_where_their_stretches_do_and_count_as_often():
+    loss, norm = drawn(STRETCHES)
+    assert norm.get_xlim() == (0, 130)
+    (bars,) = [x.get_data() for x in norm.patches]
+    assert list(bars.edges) == [0, 64, 128, 129, 130, 131]
+    np.testing.assert_allclose(bars.values, 0.08 * np.array([0.25, 1, 0, 1, 0]))
+    assert title(loss) == "Clipped at 62 % of the steps"
+    unclipped = {k: x for k, x in STRETCHES.items() if k != "clipped"}
+    message = "The gradient norm: 2 in the middle, 50 at most"
+    assert title(drawn(unclipped)[0]) == message
+
+
+def test_steps_that_a_record_counts_at_its_last_row_are_part_of_the_run():
+    norms = [1.0, 2.0, 30.0, 500.0, np.inf]
+    history = {"step": range(5), "width": [1, 1, 1, 1, 96], "norm": norms}
+    loss, _ = drawn(history | {"nonfinite": [0, 0, 0, 0, 96]})
+    assert hatched(loss) == [(4, 7)]
+    assert "not finite from step 4 on (to step 99)" in texts(loss)
+
+
+def test_rows_of_a_log_reach_back_to_the_row_before():
+    norms = np.array([3.0, 1.0, 3.0])
+    history = {"step": [10, 20, 30], "norm": norms, "clip/norm": norms}
+    _, norm = drawn(history | {"clip/max_norm": np.full(3, 2.0)})
+    (bars,) = [x.get_data() for x in norm.patches]
+    assert list(bars.edges) == [1, 11, 21, 31]
+    assert list(bars.values > 0) == [True, False, True]
 
 
 def test_of_a_hundred_thousand_rows_a_thousand_are_drawn_and_no_peak_is_lost():

@@ -13,8 +13,10 @@ from optaxclip._looking import (
     columns as _columns,
     logs as _logs,
     meanings as _meanings,
+    record,
 )
 from optaxclip._looking.by_name import Summary
+from optaxclip._trees import paths as _paths
 
 
 def history(seen: Any, params: Any = None) -> _columns.History:
@@ -23,6 +25,8 @@ def history(seen: Any, params: Any = None) -> _columns.History:
     Args:
       seen: one of
 
+        * the state of an optimizer with :func:`optaxclip.record` in it, or anything
+          that holds one; of a batch of them, by ``vmap``, take one;
         * a mapping from names to arrays of one number for each step, where nothing is
           missing: a :func:`optaxclip.summary` that ``scan`` has stacked, with the loss
           if you have it, ``{"loss": losses, **summaries}``; or a history;
@@ -35,8 +39,8 @@ def history(seen: Any, params: Any = None) -> _columns.History:
           ``.npz`` (made by ``np.savez(path, **history)``), or a folder of
           TensorBoard's, if the package ``tensorboard`` is installed.
 
-      params: the parameters, to name the scopes of summaries that were made without;
-        shapes will do.
+      params: the parameters, to name the scopes of a record by, and of summaries that
+        were made without; shapes will do. Where there are none, scopes are numbered.
 
     Returns:
       A dictionary of arrays, each of shape ``[rows]``:
@@ -77,6 +81,9 @@ def history(seen: Any, params: Any = None) -> _columns.History:
         if path.suffix.lower() == ".npz" and path.is_file():
             return _columns.of_columns(_logs.arrays(path))
         return _columns.of_rows(_logs.rows(path))
+    if records := _records(seen):
+        rows = record.rows(_only(records), _paths.paths(params))
+        return _columns.of_columns(rows)
     if isinstance(seen, Mapping):
         return _columns.of_columns(jax.device_get(_named(seen, params)))
     if isinstance(seen, Sequence) and seen and all(map(_is_mapping, seen)):
@@ -87,6 +94,24 @@ def history(seen: Any, params: Any = None) -> _columns.History:
         " summaries, a list of them, or the path of a log; got"
         f" {type(seen).__name__}."
     )
+
+
+def _records(seen: Any) -> list[tuple[Any, record.RecordState]]:
+    """Returns every record in a state, with the path to it."""
+    found = jax.tree_util.tree_leaves_with_path(
+        seen, is_leaf=lambda x: isinstance(x, record.RecordState)
+    )
+    return [(path, x) for path, x in found if isinstance(x, record.RecordState)]
+
+
+def _only(records: list[tuple[Any, record.RecordState]]) -> record.RecordState:
+    if len(records) > 1:
+        places = ", ".join(f"state{jax.tree_util.keystr(path)}" for path, _ in records)
+        raise ValueError(
+            f"Expected a state with one record, found {len(records)}, at {places}. Pass"
+            " one of them."
+        )
+    return records[0][1]
 
 
 def _is_mapping(seen: Any) -> bool:

@@ -16,10 +16,6 @@ In reading order:
   texts: how a table, mappings or pairs of names and numbers are.
   boards: how TensorBoard's event files are.
   cells: which number is meant by what is written.
-  record: every step of a run, in the optimizer's state.
-  row: what of a step itself is recorded.
-  seen: what the clips and guards inside saw of it.
-  stretches: where a row goes, so that a run of any length stays in fixed memory.
 
 May import every wing below it.
 """

@@ -155,3 +155,24 @@ def test_penalties_do_not_prevent_what_the_clip_prevents(tmp_path):
     assert np.isnan(numbers(printed, "no clip, L2 penalty")).all()
     [clipped] = numbers(printed, "clip")
     assert clipped < 200  # that of a constant is 26 000
+
+
+@pytest.mark.thorough
+def test_find_the_explosion_says_what_it_was_and_the_number_that_mends_it(tmp_path):
+    printed = run("find_the_explosion", tmp_path)
+    lost, mended = (
+        float(x) for x in re.findall("^held-out error (.*)$", printed, re.M)
+    )
+    assert np.isnan(lost) and mended < 26  # a thousandth of that of a constant
+    verdicts = re.findall("^([a-z_]+): [A-Z ]+", printed, re.MULTILINE)
+    assert verdicts == ["exploded", "always_clipped", "healthy"]
+
+
+@pytest.mark.thorough
+def test_choose_a_threshold_begins_at_percentiles_and_ends_below_them(tmp_path):
+    printed = run("choose_a_threshold", tmp_path)
+    assert printed.startswith("healthy")
+    found = dict(re.findall(r"^([a-z\d %]+), .*  +([\d.]+)$", printed, re.MULTILINE))
+    names = "the best of 13", "half of them", "90 % of the norms", "no clip"
+    errors = [float(found[name]) for name in names]
+    assert errors == sorted(errors) and errors[0] < errors[-1] / 2

@@ -88,7 +88,7 @@ def after(
       values: of the step.
       flags: whether it was skipped, clipped, not finite.
     """
-    plan = _planned(memory, *seen, flags[-1])
+    plan = _planned(memory, seen[0], seen[1], flags[-1])
     numbers = jnp.stack([seen[0] >> 16, seen[0] & 0xFFFF, 1, *flags])
     new = jnp.concatenate([values, numbers.astype(values.dtype)])
     rows = _rows(memory, plan, new)

@@ -104,8 +104,8 @@ def summary(opt_state: Any, params: Any = None) -> Summary:
             " `cotangent_stats()`."
         )
     parts = [
-        Part(*ends, READERS[type(state)][1], _fields(state))
-        for *ends, state in titled(found)
+        Part(before, after, READERS[type(state)][1], _fields(state))
+        for before, after, state in titled(found)
     ]
     paths = () if params is None else tuple(_paths.paths(params))
     return Summary(parts, paths).fetched()
@@ -119,8 +119,10 @@ def titled(found: Sequence[tuple[str, str, Any]]) -> list[tuple[str, str, Any]]:
     for kind, labels, state in found:
         number = f"_{seen[kind, labels]}" if same[kind, labels] > 1 else ""
         seen[kind, labels] += 1
-        ends = (kind, labels) if kind == "cotangent" else (kind + number + labels, "")
-        rows.append((*ends, state))
+        if kind == "cotangent":
+            rows.append((kind, labels, state))
+        else:
+            rows.append((kind + number + labels, "", state))
     return rows
 
 

@@ -29,6 +29,7 @@ NO_RULES = {
     "keep_if_skipped": "goes by what a guard did",
     "over_axes": "tells a clip how leaves are split",
     "over_layers": "tells a clip which arrays are stacks of layers",
+    "record": "keeps statistics",
     "summary": "reads statistics",
 }
 

@@ -1,5 +1,7 @@
 """A record is one in `jit`, `vmap`, on meshes, in Optax, Flax and from checkpoints."""
 
+from typing import Any
+
 import chex
 import flax.serialization
 import jax
@@ -69,8 +71,8 @@ def test_a_run_that_is_resumed_has_the_record_of_one_that_was_not(tmp_path):
 
 
 def test_in_optax_and_flax():
-    labels = {"dense": "a", "head": "b"}
-    parts = {"a": oc.record(optimizer(), size=2), "b": optax.sgd(0.1)}
+    labels: helpers.Tree = {"dense": "a", "head": "b"}
+    parts: dict[Any, Any] = {"a": oc.record(optimizer(), size=2), "b": optax.sgd(0.1)}
     injected = optax.inject_hyperparams(
         lambda learning_rate: oc.record(optax.sgd(learning_rate), size=2)
     )

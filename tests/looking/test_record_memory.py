@@ -18,14 +18,14 @@ def run_of(size, columns=2):
     """Returns a compiled run, with the memory and counts after each of its steps."""
 
     def body(carry, step):
-        memory, seen = stretches.after(*carry, step["values"], step["flags"])
+        memory, seen = stretches.after(carry[0], carry[1], step[0], step[1])
         return (memory, seen), (memory, seen)
 
     start = stretches.empty(size, columns, jnp.float32), jnp.zeros(2, jnp.int32)
 
     @jax.jit
     def run(values, flags, carry=start):
-        return jax.lax.scan(body, carry, {"values": values, "flags": flags})
+        return jax.lax.scan(body, carry, (values, flags))
 
     return run
 

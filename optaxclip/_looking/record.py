@@ -129,14 +129,14 @@ def record(
 
     def init_fn(params: Any) -> RecordState:
         leaves = _leaves.flatten(params, abstract=True)
-        zeros = _row.vector(norm, _scopes.zeros(formula, leaves))
+        scopes = _row.count(norm, _scopes.zeros(formula, leaves))
         names = _scopes.names(formula, leaves)
         state = inner.init(params)
-        columns = 2 + zeros.size + _seen.count(state)
+        columns = 2 + scopes + _seen.count(state)
         return RecordState(
             seen=jnp.zeros(2, jnp.int32),
             memory=stretches.empty(size, columns, leaves.dtype),
-            scope_ids=_names.encoded(names).reshape(-1, 4)[: zeros.size],
+            scope_ids=_names.encoded(names).reshape(-1, 4)[:scopes],
             recorded_state=state,
         )
 

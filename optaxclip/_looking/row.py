@@ -12,27 +12,27 @@ from optaxclip._mesh import collectives
 from optaxclip._trees import infinity, leaves as _leaves
 
 
-def vector(norm: _scopes.Norm, measured: _scopes.Measured) -> jax.Array:
-    """Returns the norms that are columns of their own: not the global one."""
+def count(norm: _scopes.Norm, measured: _scopes.Measured) -> int:
+    """Returns how many norms are columns of their own: the global one is not."""
     if isinstance(measured.norms, _units.Units):
         raise ValueError(
             "Expected a norm of all leaves, of each leaf or of groups, got one of"
             " units. Use `norms.leaf_norms`."
         )
-    sizes = jnp.ravel(measured.sizes())
     is_global = _units.EVERYTHING in measured.scopes and norms.is_partition(norm)
-    return sizes[:0] if is_global else sizes
+    return 0 if is_global else measured.norms.size
 
 
 def norms_of(norm: _scopes.Norm, leaves: _leaves.Leaves) -> jax.Array:
     """Returns the global norm and those of all scopes."""
     measured = _scopes.measure(norms.formula(norm), leaves)
-    own = vector(norm, measured)
+    own = count(norm, measured)
+    sizes = jnp.ravel(measured.sizes())
     if norms.is_partition(norm):
-        total = _total(jnp.ravel(measured.sizes()))
+        total = _total(sizes)
     else:
         total = _scopes.measure(formulas.global_norm, leaves).sizes()
-    return jnp.concatenate([total[None], own])
+    return jnp.concatenate([total[None], sizes[:own]])
 
 
 def is_nonfinite(norm: _scopes.Norm, own: jax.Array) -> jax.Array:

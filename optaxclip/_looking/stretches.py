@@ -89,8 +89,9 @@ def after(
       flags: whether it was skipped, clipped, not finite.
     """
     plan = _planned(memory, seen[0], seen[1], flags[-1])
-    numbers = jnp.stack([seen[0] >> 16, seen[0] & 0xFFFF, 1, *flags])
-    new = jnp.concatenate([values, numbers.astype(values.dtype)])
+    numbers = seen[0] >> 16, seen[0] & 0xFFFF, jnp.ones(()), *flags
+    numbers = jnp.stack([jnp.asarray(x, values.dtype) for x in numbers])
+    new = jnp.concatenate([values, numbers])
     rows = _rows(memory, plan, new)
     # All is read before anything is written, which then needs no copy.
     rows, memory = jax.lax.optimization_barrier((rows, memory))
@@ -107,7 +108,7 @@ def after(
 def _planned(memory: jax.Array, seen: Any, kept: Any, is_nonfinite: Any) -> Plan:
     size, bits = memory.shape[1], _bits(memory.shape[1])
     (newest,) = _read(memory, LAST, (kept - 1) & (size - 1))
-    is_held = is_nonfinite & (newest[-1] > 0)
+    is_held = jnp.asarray(is_nonfinite) & (newest[-1] > 0)
     leaves = ~is_held & (kept >= size)
     number = jnp.maximum(kept - size, 0)  # of the row that leaves the ring
     level = jnp.maximum(32 - jax.lax.clz(number) - bits, 0)
@@ -115,7 +116,7 @@ def _planned(memory: jax.Array, seen: Any, kept: Any, is_nonfinite: Any) -> Plan
     begins = leaves & (number & ((1 << level) - 1) == 0)
     plan = Plan(
         is_held=is_held,
-        place=(kept - is_held) & (size - 1),
+        place=(kept - is_held.astype(jnp.int32)) & (size - 1),
         leaves=leaves,
         slot=slot,
         begins=begins,
@@ -127,6 +128,7 @@ def _planned(memory: jax.Array, seen: Any, kept: Any, is_nonfinite: Any) -> Plan
     # One vector, and by selections: so it is one kernel, on a CPU too.
     every = jnp.zeros((), jnp.int32)
     for i, number in enumerate(plan):
+        number = jnp.asarray(number, jnp.int32)
         every = jnp.where(jnp.arange(len(plan)) == i, number, every)
     plan = Plan(*jax.lax.optimization_barrier(every))
     return plan._replace(**{x: getattr(plan, x) > 0 for x in YES_OR_NO})

@@ -29,6 +29,24 @@ def test_the_state_has_the_same_types_after_a_step_and_no_array_twice():
     assert helpers.types(state) == helpers.types(after)
 
 
+@pytest.mark.parametrize("compiled", [helpers.thorough(False), True])
+def test_on_finite_steps_neither_an_infinity_nor_a_nan_is_made_on_the_way(compiled):
+    tx = oc.record(oc.skip_if_nonfinite(optimizer()), size=2)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        state = tx.init(PARAMS)
+        update = jax.jit(tx.update) if compiled else tx.update
+        for _ in range(6):
+            _, state = update(PARAMS, state, PARAMS)
+    chex.assert_tree_all_finite(state)
+
+
+def test_strict_promotion_of_dtypes_is_obeyed():
+    with jax.numpy_dtype_promotion("strict"):
+        tx = oc.record(oc.clip_by_leaf_norm(1.0), size=2)
+        _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS, value=1)
+    assert list(rows(state)["loss"]) == [1]
+
+
 def test_of_a_batch_each_run_has_its_record_of_which_one_is_taken():
     tx = oc.record(optimizer(), size=4)
     runs = [gradients(11, bad=bad) for bad in ([], [3, 4], [10])]

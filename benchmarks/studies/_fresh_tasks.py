@@ -1,6 +1,6 @@
-"""Which small tasks was no rule chosen on? Six, of SGD with momentum.
+"""Which small tasks was no rule chosen on? Six, by SGD with momentum.
 
-They are for the last look: written after the rule, of kinds that the others lack.
+They are for the last look: written after the formula, of kinds that the others lack.
 """
 
 from functools import cache, partial

@@ -37,12 +37,18 @@ def suggest_max_norm(
 
     This is a safe start, not a tuned threshold. Where weights have to grow far it is
     too small, so train with it, **ask again with the params that the run came to**, and
-    train anew from the start. What is left to win a sweep around it finds.
+    train anew from the start. On twelve small tasks, at four learning rates, that ended
+    at 1.04 times the loss of the best of 13 thresholds in the median, 2.8 at worst, and
+    lost 13 of 768 runs, where that threshold loses 7. The first answer: 1.06 in the
+    median, but 1900 where weights end at 25 times their start. What is left to win a
+    sweep around it finds. (`benchmarks/studies/suggested.py`)
 
     The steps of Adam, and of all who divide gradients by their size, are as long as the
     learning rate says. No threshold follows from those, so they need the history of a
-    run: its 10th percentile is suggested. With other optimizers a history is not looked
-    at: norms seen without a clip are no guide there, for the explosion made them.
+    run: the 10th percentile of its norms is suggested, which ended at 1.01 times that
+    loss in the median and 1.5 at worst, on five tasks, and they were in view. With
+    other optimizers a history is not looked at: norms that are seen without a clip are
+    no guide there. Their 90th percentile lost 239 of the 768 runs.
 
     Guarantees:
       * The optimizer is asked with a state and params of its own: nothing that you hold

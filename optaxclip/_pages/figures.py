@@ -43,8 +43,7 @@ def of(seen: Any) -> dict[str, str]:
 def _svg(figure: Any, name: str, label: str) -> str:
     """Returns a figure as an element of HTML, its ids unlike those of other figures."""
     stream = io.BytesIO()
-    options: Any = {"transparent": True, "dpi": 120, "metadata": {"Date": None}}
-    figure.savefig(stream, format="svg", **options)
+    figure.savefig(stream, format="svg", transparent=True, dpi=120)
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):

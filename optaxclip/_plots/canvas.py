@@ -10,7 +10,7 @@ from optaxclip._advice.run import short
 INK, GREY, PALE, ACCENT = "black", "#8c8c8c", "#c8c8c8", "#0072B2"
 LETTERS = 28  # of a path, written at most
 DASHES = (0, (4, 3))
-SMALL: Any = {"fontsize": "small", "parse_math": False}
+SMALL: Any = {"fontsize": "small"}
 BADGE: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
 
 
@@ -71,7 +71,7 @@ def log_axis(ax: Any, low: float, high: float, name: str = "y") -> None:
 
 def title(ax: Any, text: str) -> None:
     """Writes the message of a picture."""
-    ax.set_title(text, loc="left", fontsize="medium", pad=10, parse_math=False)
+    ax.set_title(text, loc="left", fontsize="medium", pad=10)
 
 
 def at_edge(ax: Any, x: np.ndarray, height: float, marker: str, label: str) -> None:

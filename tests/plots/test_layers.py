@@ -60,6 +60,13 @@ def test_a_dead_leaf_is_a_black_row_with_the_step_in_words():
     assert list(black) == [name in gone for name in leaves(history)]
 
 
+@pytest.mark.parametrize(("zeros", "is_named"), [(24, False), (25, True)])
+def test_a_leaf_is_called_dead_after_a_quarter_of_the_rows(zeros, is_named):
+    norms = np.where(np.arange(100) < 100 - zeros, 1.0, 0.0)
+    ax = drawn({"norm/a": norms, "norm/b": np.ones(100)})
+    assert ("exactly 0 from step 75 on" in texts(ax)) == is_named
+
+
 def test_what_is_not_finite_is_white_with_crosses_and_no_zero_after_it_is_black():
     history = small_runs.exploding()
     first = int(np.argmax(history["nonfinite"]))

@@ -149,3 +149,8 @@ def test_the_line_of_a_history_has_step_loss_and_the_share_of_the_whole_run():
 def test_without_a_clip_it_says_so():
     with pytest.raises(ValueError, match="state of an optimizer with a clip"):
         oc.status({"lr": 0.1})
+
+
+def test_the_share_of_a_leaf_is_that_of_the_squares():
+    lines = printed({"norm/a": np.full(9, 3.0), "norm/b": np.full(9, 4.0)})
+    assert [line.split("  ")[-1].strip() for line in lines[3:5]] == ["36 %", "64 %"]

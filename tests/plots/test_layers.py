@@ -84,6 +84,7 @@ def test_what_is_not_finite_is_white_with_crosses_and_no_zero_after_it_is_black(
 
 def test_rows_of_a_record_are_as_wide_as_their_stretches_and_count_as_often():
     columns = {"step": [21, 75, 128, 129], "width": [64, 64, 1, 1]}
+    columns["nonfinite"] = [0, 0, 0, 0]
     ax = drawn(columns | {"norm/w": [1.0, 2.0, 9.0, 9.0]})
     _, image = colours(ax)
     edges = image.get_coordinates()[0, :, 0]

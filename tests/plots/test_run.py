@@ -114,6 +114,7 @@ def test_the_band_reaches_to_the_largest_norm_of_each_stretch():
 STRETCHES = {
     "step": [21, 75, 128, 129, 130],
     "width": [64, 64, 1, 1, 1],
+    "nonfinite": [0, 0, 0, 0, 0],
     "norm": [1.0, 2.0, 9.0, 9.0, 9.0],
     "peak/norm": [1.0, 50.0, 9.0, 9.0, 9.0],
     "clipped": [16, 64, 0, 1, 0],

@@ -22,6 +22,7 @@ def test_the_line_is_the_share_of_the_steps_that_each_threshold_clips():
 
 def test_a_row_counts_as_often_as_it_stands_for_steps():
     history = {"norm": [1.0, 2.0, 3.0], "width": [7, 2, 1], "step": [6, 8, 9]}
+    history["nonfinite"] = [0, 0, 0]
     x, y = oc.plot.thresholds(history, ax=new()).lines[0].get_data()
     found = dict(zip(x, y, strict=True))
     assert [found[norm] for norm in (1.0, 2.0, 3.0)] == pytest.approx([30, 10, 0])

@@ -43,7 +43,7 @@ def of(seen: Any) -> dict[str, str]:
 def _svg(figure: Any, name: str, label: str) -> str:
     """Returns a figure as an element of HTML, its ids unlike those of other figures."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="svg", transparent=True, dpi=120)
+    figure.savefig(stream, format="svg", transparent=True, dpi=100)
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):

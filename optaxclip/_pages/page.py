@@ -34,7 +34,7 @@ def report(history: Any, path: str | os.PathLike[str]) -> None:
 
     Guarantees:
       * The page is one file without scripts, and asks nothing of the network.
-      * It is smaller than 1 MB, however long the run was.
+      * It is smaller than 1 MB, however long the run was, for up to 1000 leaves.
       * It can be read on a phone, in the dark, and by a screen reader.
       * The same history makes the same page.
 

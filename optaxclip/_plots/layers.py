@@ -125,6 +125,7 @@ def _bars(ax: Any, grid: Grid) -> None:
     found = grid.medians[np.isfinite(grid.medians)]
     bars = ax.inset_axes((1.03, 0, 0.2, 1), sharey=ax)
     low, high = (found.min(), found.max()) if found.size else (1.0, 1.0)
+    bars.set_rasterization_zorder(2 if len(grid.paths) > NAMES else 0)  # one image
     bars.barh(np.arange(len(grid.paths)), grid.medians, color=GREY, height=0.8)
     _canvas.log_axis(bars, low / 3, high * (high / low) ** 0.2 * 2, "x")
     bars.locator_params(axis="x", numticks=2)

@@ -9,7 +9,7 @@ from optaxclip._plots.columns import Columns
 def of(columns: Columns) -> list[tuple[str, str]]:
     """Returns what the columns tell of steps, loss, norm and clip, as name and text."""
     steps, end = columns["width"].sum(), columns["to"][-1] - 1
-    facts = [("steps", f"{steps:.0f}, to number {end:.0f}")]
+    facts = [("steps", f"{steps:.0f}, last {end:.0f}")]
     if len(columns["step"]) < steps:
         facts.append(("rows", str(len(columns["step"]))))
     for name in ("loss", "norm", "learning_rate"):

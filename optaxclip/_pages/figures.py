@@ -43,6 +43,7 @@ def of(seen: Any) -> dict[str, str]:
 def _svg(figure: Any, name: str, label: str) -> str:
     """Returns a figure as an element of HTML, its ids unlike those of other figures."""
     stream = io.BytesIO()
+    figure.draw_without_rendering()  # axes beside axes are placed at the second
     figure.savefig(stream, format="svg", transparent=True, dpi=100)
     root = ElementTree.fromstring(stream.getvalue())
     for parent in list(root.iter()):

@@ -69,9 +69,9 @@ def log_axis(ax: Any, low: float, high: float, name: str = "y") -> None:
     axis.set_minor_formatter(lambda x, _: short(x) if f"{x:e}"[0] in few else "")
 
 
-def title(ax: Any, text: str) -> None:
+def title(ax: Any, text: str, **options: Any) -> None:
     """Writes the message of a picture."""
-    ax.set_title(text, loc="left", fontsize="medium", pad=10)
+    ax.set_title(text, loc="left", fontsize="medium", pad=10, **options)
 
 
 def at_edge(ax: Any, x: np.ndarray, height: float, marker: str, label: str) -> None:

@@ -54,6 +54,8 @@ def layers(history: Any, ax: Any = None) -> Any:
     _bars(ax, grid)
     ax.set_xlabel("step")
     _canvas.title(ax, _grid.message(grid))
+    if max(map(len, grid.paths)) > _canvas.LETTERS / 2:  # there is room over the names
+        _canvas.title(ax, _grid.message(grid), x=1.22, ha="right")
     return ax
 
 
@@ -125,10 +127,12 @@ def _bars(ax: Any, grid: Grid) -> None:
     found = grid.medians[np.isfinite(grid.medians)]
     bars = ax.inset_axes((1.03, 0, 0.2, 1), sharey=ax)
     low, high = (found.min(), found.max()) if found.size else (1.0, 1.0)
-    bars.set_rasterization_zorder(2 if len(grid.paths) > NAMES else 0)  # one image
+    bars.set_rasterization_zorder(1.2 if len(grid.paths) > NAMES else 0)  # one image
     bars.barh(np.arange(len(grid.paths)), grid.medians, color=GREY, height=0.8)
     _canvas.log_axis(bars, low / 3, high * (high / low) ** 0.2 * 2, "x")
     bars.locator_params(axis="x", numticks=2)
+    if high > 100 * low:
+        bars.set_xticks(10.0 ** np.floor(np.log10([10 * low, high])))
     labels: Any = {"labeltop": True, "labelbottom": False, "labelsize": "small"}
     bars.tick_params(axis="x", which="both", **labels)
     bars.tick_params(axis="y", labelleft=False, length=0)

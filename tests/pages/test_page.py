@@ -72,7 +72,7 @@ def test_the_run_in_numbers(page):
     history = small_runs.dead()
     names = [words(x) for x in page.findall(".//dt")]
     facts = dict(zip(names, map(words, page.findall(".//dd")), strict=True))
-    assert facts["steps"] == "640, to number 639"
+    assert facts["steps"] == "640, last 639"
     assert facts["threshold"] == "600"
     assert facts["clipped"] == f"{100 * history['clipped'].mean():.0f} % of the steps"
     assert float(facts["lowest loss"]) == pytest.approx(history["loss"].min(), rel=5e-3)
@@ -157,6 +157,6 @@ def test_each_of_several_runs_is_judged_in_a_line_of_its_own(tmp_path):
 def test_it_takes_the_path_of_a_log_too(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("step,loss,grad_norm\n0,3,1\n1,2,1\n2,1,1\n", encoding="utf-8")
-    assert "3, to number 2" in [
+    assert "3, last 2" in [
         words(x) for x in parsed(written(log, tmp_path)).iter("dd")
     ]

@@ -157,6 +157,4 @@ def test_each_of_several_runs_is_judged_in_a_line_of_its_own(tmp_path):
 def test_it_takes_the_path_of_a_log_too(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("step,loss,grad_norm\n0,3,1\n1,2,1\n2,1,1\n", encoding="utf-8")
-    assert "3, last 2" in [
-        words(x) for x in parsed(written(log, tmp_path)).iter("dd")
-    ]
+    assert "3, last 2" in [words(x) for x in parsed(written(log, tmp_path)).iter("dd")]

@@ -13,6 +13,7 @@ from optaxclip._trees import paths as _paths
 QUARTER = 0.25  # of the rows: so long is an exact zero no accident
 LEAST = 3  # such rows
 FADED = 0.01  # of the usual norm: so small it went to zero by itself
+ROWS = 8  # at least, for the size of a layer's gradient
 VANISHED = 1e3  # from the last layer to the first
 
 
@@ -26,16 +27,25 @@ def vanishing(run: Run) -> str | None:
     """Says that the gradients of the first layers are a thousandth of the last's.
 
     Root mean squares, for a norm grows with its leaf; of the matrices of numbered
-    layers alone, whose order is known. Sizes come from the params.
+    layers alone, whose order is known. Sizes come from the params. Of the last quarter
+    of the rows; where nothing is learnt of the first rows too, for afterwards the last
+    layers have fitted a constant, and have no gradient either.
     """
     run = evened(run)
+    late = _vanishing(run, slice(-(len(run.step) // 4 + 1), None))
+    return late or (
+        None if learns(series(run, run.loss)) else _vanishing(run, slice(0, ROWS))
+    )
+
+
+def _vanishing(run: Run, rows: slice) -> str | None:
     sizes = {name: _matrix_size(run, name) for name in run.scopes}
     kinds = [re.sub(r"\d+", "#", name) for name, size in sizes.items() if size]
     usual = max(kinds, key=kinds.count, default="")
     rms = {
-        name: float(np.median(values[-(len(values) // 4 + 1) :]) / np.sqrt(sizes[name]))
+        name: float(np.median(values[rows]) / np.sqrt(sizes[name]))
         for name in _in_order(k for k in sizes if re.sub(r"\d+", "#", k) == usual)
-        if len(values := series(run, run.scopes[name]).value) >= 8
+        if len(values := series(run, run.scopes[name]).value) >= ROWS
     }
     alive = [name for name, value in rms.items() if value > 0]
     if len(alive) < 3 or rms[alive[-1]] < VANISHED * rms[alive[0]]:

@@ -16,7 +16,8 @@ def no_traction(run: Run) -> str | None:
     loss = series(run, run.loss)
     if len(loss.value) < ROWS or run.begins_late or loss.value.min() <= 0:
         return None
-    level, change, error = trend(coarse(loss).value)
+    value = coarse(loss).value
+    level, change, error = trend(np.clip(value, *np.quantile(value, [0.02, 0.98])))
     most = (max(-change, 0) + 2 * error) / level
     early = np.median(loss.value[:3]) + 2 * noise(loss.value) / np.sqrt(3)
     is_flat = (
@@ -38,14 +39,19 @@ def no_traction(run: Run) -> str | None:
 
 
 def learns(loss: Series) -> bool:
-    """Whether the loss falls, be it in the first rows alone."""
+    """Whether the loss falls, be it in the first rows alone.
+
+    One that jumps up in a few early rows, and comes back, has a falling trend as well.
+    """
     value = loss.value
     if len(value) < 3:
         return False
     level, change, error = trend(coarse(loss).value)
+    few = max(3, len(value) // 10)
     drop = value[0] - np.median(value[1:])
-    least = LEAST * level
-    return bool(max(drop - 4 * noise(value[1:]), -change - 3 * error) > least)
+    fall = np.median(value[:few]) - np.median(value[-few:])
+    at_once = drop > 4 * noise(value[1:]) + LEAST * level
+    return bool(at_once or min(fall, -change - 3 * error) > LEAST * level)
 
 
 def trend(value: np.ndarray) -> tuple[float, float, float]:

@@ -147,6 +147,12 @@ def test_a_loss_that_fell_slowly_or_at_once_has_traction(fall):
     assert bad(healthy() | {"loss": loss}) == []
 
 
+def test_a_loss_that_only_jumped_at_first_has_no_traction():
+    loss = flat(2.303, 200, scale=0.001)
+    loss[3:6] = 5.0
+    assert "no_traction" in diagnose(healthy() | {"loss": loss})
+
+
 def test_a_flat_loss_in_an_excerpt_is_no_lack_of_traction():
     history = healthy() | {"loss": flat(2.303, 200), "step": 5000 + np.arange(200)}
     assert bad(history) == []

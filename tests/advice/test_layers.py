@@ -137,6 +137,15 @@ def test_gradients_that_fall_from_layer_to_layer_vanish():
     assert "No clip lifts a small gradient" in text
 
 
+def test_gradients_that_vanished_before_the_last_layers_gave_up_did_vanish():
+    history = fading(0.01) | {"loss": flat(1.37, 200)}
+    for leaf in LEAVES:
+        history[f"norm/{leaf}"][20:] = 1e-6
+    assert bad(history, SHAPES) == ["vanishing", "no_traction"]
+    history["loss"] = healthy()["loss"]  # and that was only the start
+    assert bad(history, SHAPES) == []
+
+
 def test_gradients_that_fall_a_little_do_not_vanish():
     assert bad(fading(0.2), SHAPES) == []
 

@@ -42,7 +42,7 @@ def diverged(run: Run) -> str | None:
     best, end = int(np.argmin(level)), float(np.median(loss.value[-window:]))
     low, found = float(level[best]), Series(loss.step[best], level[best])
     sure = SURE * max(wander(loss.value), noise(loss.value[-4 * window :]))
-    stays = level[-window:].min() > (low + end) / 2 and best < len(level) - window
+    stays = level[-window:].min() > (low + end) / 2
     is_told = stays and end - low > sure and _is_far(run, loss, found, end)
     if not is_told:
         return _as_if_diverged(run, loss)

@@ -16,7 +16,7 @@ TIMES = 4.0  # the level of the neighbours
 FELT = 4.0  # robust standard deviations of the loss
 REACH = 8  # rows before and after, whose levels count
 AFTER = 3  # rows in which the loss may follow
-CHANCE = 0.03
+CHANCE = 0.02
 LONG = 3  # rows in a row, to believe a loss without norms
 MUCH = 0.2  # of the loss, likewise
 

@@ -118,7 +118,7 @@ def _dead_rows(run: Run) -> str | None:
     enough = max(2, QUARTER * len(late))
     if len(zero) < LEAST or np.sum(run.norm[late] == 0) < enough:
         return None
-    if learns(series(run, run.loss)) and run.loss[zero].any():
+    if learns(series(run, run.loss)) and run.loss[late[run.norm[late] == 0]].any():
         return None
     return (
         f"DEAD: the gradient norm is exactly 0 in {len(zero)} of {len(rows)}"

@@ -7,7 +7,7 @@ from optaxclip._advice.run import Run, Series, coarse, evened, noise, series, sh
 ROWS = 12  # at least
 FLAT = 0.08  # of the loss
 LEAST = 1e-3  # of the loss, that is more than rounding
-AT_FIRST = 0.2  # of the loss, that it may have lost in its first rows
+AT_FIRST = 0.12  # of the loss, that it may have lost in its first rows
 
 
 def no_traction(run: Run) -> str | None:

@@ -75,7 +75,9 @@ def test_a_loss_that_rose_threefold_in_an_excerpt_diverged_with_its_norms():
     assert "the loss was 1 at step 1 and is 5.8 in the last rows." in text
     assert "norm was 1.3 then, and 60 at its highest since" in text
     step = 100 + np.arange(6)
-    assert list(diagnose({"step": step, "loss": loss})) == ["too_short"]
+    for others in {}, {"norm": np.ones(6)}:
+        verdicts = diagnose({"step": step, "loss": loss} | others)
+        assert list(verdicts) == ["too_short"]
     assert list(diagnose({"step": step, "loss": loss**3})) == ["diverged"]
 
 

@@ -107,6 +107,8 @@ def test_gradients_here_and_there_are_told():
     norm = np.where(np.arange(20) % 5 == 2, 4.0, 0.0)
     text = diagnose({"loss": np.zeros(20), "norm": norm})["dead"]
     assert "exactly 0 in 16 of 20 rows, and the loss exactly 0" in text
+    norm, loss = np.array([0, 0, 404.0, 0, 0]), np.array([0.05, 0, 0, 0, 0])
+    assert bad({"loss": loss, "norm": norm}) == ["dead"]
     norm = np.where(np.arange(20) % 5 == 2, 0.0, 4.0)
     assert bad({"loss": np.zeros(20), "norm": norm}) == []
 

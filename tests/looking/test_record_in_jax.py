@@ -95,7 +95,9 @@ def test_of_a_batch_of_runs_each_has_its_own_record():
 @pytest.mark.thorough
 def test_the_derivative_through_a_run_is_that_of_the_optimizer():
     def end(make, hyper, scales):
-        tx = optax.with_extra_args_support(make(optax.sgd(hyper[0], momentum=hyper[1])))
+        sgd = optax.sgd(hyper[0], momentum=hyper[1])
+        inner = make(optax.chain(oc.clip_by_leaf_norm(5.0), sgd))
+        tx = optax.with_extra_args_support(inner)
         grads = jax.tree.map(lambda x: hyper[2] * x, steps(scales))
         losses = hyper[2] * jnp.arange(float(len(scales)))
         (params, _), _ = scanned(tx, PARAMS, grads, value=losses)

@@ -85,11 +85,10 @@ def diagnose(history: Any, params: Any = None) -> dict[str, str]:
       exploded - EXPLODED at step 10. The gradient norm grew from 2 to 900 in
     """
     is_history = isinstance(history, Mapping) and history.keys() >= COMPLETE
-    if not is_history:
-        history = _history(history, params)
+    seen = dict(history) if is_history else _history(history, params)
     # What overflows is infinite, and compares as such.
     with np.errstate(all="ignore"):
-        told = [_told(run) for run in runs(history, params)]
+        told = [_told(run) for run in runs(seen, params)]
     found: dict[str, str] = {}
     for name in NAMES:
         texts = {i: x[name] for i, x in enumerate(told, 1) if name in x}

@@ -82,8 +82,8 @@ def _dead_leaves(run: Run) -> str | None:
         )
     return (
         f"{start}the gradient of {few(gone)} ({len(gone)} of {len(since)} leaves) is"
-        f" exactly 0. Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'} nothing any"
-        f" more.{_only_finite(run, first)}"
+        f" exactly 0. Unless frozen, {'they learn' if len(gone) > 1 else 'it learns'}"
+        f" nothing any more.{_only_finite(run, first)}"
     )
 
 
@@ -161,7 +161,8 @@ def _only_finite(run: Run, first: int) -> str:
     rows = np.flatnonzero(~run.bad[:first])
     if not len(rows) or "clipped" not in run.columns:
         return ""
-    limit = run.columns.get("clip/max_norm", np.full(len(run.step), np.inf))[rows[-1]]
+    limit = run.columns.get("clip/max_norm", np.full(len(run.step), np.inf))
+    limit = float(limit[rows[-1]])
     if not (run.columns["clipped"][rows[-10:]].any() and np.isfinite(limit)):
         return ""
     return (

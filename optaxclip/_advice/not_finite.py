@@ -68,9 +68,9 @@ def overflow_skips(run: Run) -> str | None:
     return (
         f"NOT FINITE AND SKIPPED: {len(rows)} of {len(run.bad)} rows"
         f" (step{'s' * (len(rows) > 1)} {few(run.step[rows], 5)}), {by}; the run went"
-        " on. With float16 that is loss scaling at work, and needs nothing as long as it"
-        f" is rare{', which it is not here' if often else ''}. Otherwise look at what is in"
-        " these batches."
+        " on. With float16 that is loss scaling at work, and needs nothing as long as"
+        f" it is rare{', which it is not here' if often else ''}. Otherwise look at"
+        " what is in these batches."
     )
 
 

@@ -28,7 +28,7 @@ FAST_TO_COMPILE = {
     "xla_llvm_disable_expensive_passes": True,
 }
 
-Stretch = Callable[[Any], tuple[Any, jax.Array]]
+Stretch = Callable[[Any], tuple[Any, np.ndarray]]
 
 
 class Reach(NamedTuple):
@@ -51,7 +51,7 @@ def reach(optimizer: Optimizer, leaves: Leaves) -> Reach:
         return _asked(optimizer, leaves)
 
 
-def _cpu() -> jax.Device | None:
+def _cpu() -> Any:
     """Returns where arrays of a few entries are dealt with fastest, if it is there."""
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -107,7 +107,7 @@ def _stretch(optimizer: Optimizer, leaves: Leaves) -> Stretch:
         carry, lengths = jax.lax.scan(step, carry, length=STEPS)
         return carry, [x.max(axis=0) for x in lengths]
 
-    def stretch(carry: Any) -> tuple[Any, jax.Array]:
+    def stretch(carry: Any) -> tuple[Any, np.ndarray]:
         carry, lengths = run(carry)
         return carry, np.stack(jax.device_get(lengths), axis=-1)
 

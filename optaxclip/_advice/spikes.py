@@ -95,7 +95,7 @@ def _of_the_loss(run: Run) -> str | None:
     return (
         f"SPIKES at step{'s' * (len(long) > 1)} {few(run.step[long], 5)}: the loss was"
         f" far above its neighbours, for {LONG} rows or more"
-        f" ({short(_losses(run)[highest])} at step {run.step[highest]})."
+        f" ({short(float(_losses(run)[highest]))} at step {run.step[highest]})."
         f" {_recovered(run, int(run.step[long[-1]]))} Log the gradient norm: if it"
         " rises there too, a clip helps, or `skip_if_spike`."
     )

@@ -20,7 +20,7 @@ LOW = 0.1  # of the steps have norms that are lower than what a history suggests
 
 
 def suggest_max_norm(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     params: Any,
     history: Mapping[str, Any] | None = None,
     share: ArrayLike = 0.03,

@@ -103,9 +103,9 @@ def completed(columns: History, present: Mapping[str, np.ndarray]) -> History:
     history.setdefault("step", _counts.steps(columns, len(are_bad[0])))
     history = {key: _whole(key, column) for key, column in history.items()}
     history.setdefault("width", _widths(history["step"], history.get("run")))
-    if _counts.of("skipped_count", columns):
+    if "skipped" not in history and _counts.of("skipped_count", columns):
         history.setdefault("skipped", _counts.skipped(history).astype(np.int64))
-    if _counts.of("factor", columns):
+    if "clipped" not in history and _counts.of("factor", columns):
         history.setdefault("clipped", _counts.clipped(history).astype(np.int64))
     if "run" in history and not history["run"].any():
         del history["run"]

@@ -28,9 +28,11 @@ def with_norms(columns: History) -> History:
     Of norms of scopes alone, the total is the root of the sum of their squares.
     """
     history = dict(columns)
+    has_scopes = any(key.startswith("norm/") for key in columns)
     for key in of("norm", columns):
         _, number, label, _, scope = _meanings.statistic(key) or [""] * 5
-        if key.startswith("clip") and number in ("", "_0") and not label:
+        is_first = key.startswith("clip") and number in ("", "_0") and not label
+        if is_first and not (scope and has_scopes):
             seen = np.where(is_new(columns, key), columns[key], np.nan)
             history.setdefault(f"norm/{scope}".removesuffix("/"), seen)
     norms = {key: x for key, x in history.items() if key.startswith("norm/")}

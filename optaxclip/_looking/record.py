@@ -129,14 +129,15 @@ def record(
 
     def init_fn(params: Any) -> RecordState:
         leaves = _leaves.flatten(params, abstract=True)
-        scopes = _row.count(norm, _scopes.zeros(formula, leaves))
+        zeros = _scopes.zeros(formula, leaves)
+        scopes = _row.columns(norm, zeros, leaves.paths())
         names = _scopes.names(formula, leaves)
         state = inner.init(params)
-        columns = 2 + scopes + _seen.count(state)
+        columns = 2 + scopes.size + _seen.count(state)
         return RecordState(
             seen=jnp.zeros(2, jnp.int32),
             memory=stretches.empty(size, columns, leaves.dtype),
-            scope_ids=_names.encoded(names).reshape(-1, 4)[:scopes],
+            scope_ids=_names.encoded(names).reshape(-1, 4)[scopes],
             recorded_state=state,
         )
 
@@ -149,6 +150,7 @@ def record(
         summed.check_summed(leaves, outcomes.like_updates(params))
         sizes = _row.norms_of(norm, leaves)
         before = state.recorded_state
+        _check_columns(state, 1 + sizes.size + _seen.count(before))
         updates, after = inner.update(updates, before, params, **extra_args)
         dtype = state.memory.dtype
         loss = _row.loss(watched.with_detached_loss(extra_args), dtype)
@@ -162,14 +164,17 @@ def record(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _after(state: Any, values: jax.Array, flags: Any, recorded: Any) -> RecordState:
+def _check_columns(state: Any, needed: int) -> None:
     columns = state.memory.shape[2] - stretches.OWN
-    if values.size != columns:
+    if needed != columns:
         raise ValueError(
-            f"Expected the state of a record with {values.size} columns, got"
+            f"Expected the state of a record with {needed} columns, got"
             f" {columns}: it belongs to another optimizer or to other"
             " params. Call `state = tx.init(params)`."
         )
+
+
+def _after(state: Any, values: jax.Array, flags: Any, recorded: Any) -> RecordState:
     # In a blend of states counts have become floats.
     seen, ids = (jnp.asarray(x, jnp.int32) for x in (state.seen, state.scope_ids))
     memory, seen = stretches.after(state.memory, seen, values, flags)
@@ -213,9 +218,10 @@ def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
     scopes = _seen.of_scopes(ids, known)
     own = ["loss", "norm", *(f"norm/{name}" for name in scopes)]
     names = own + _seen.names(state.recorded_state, paths)
-    order = sorted(range(2, len(own)), key=lambda i: _forward(own[i]))
+    named = [i for i in range(2, len(own)) if own[i] != "norm/"]  # of one bare array
+    order = sorted(named, key=lambda i: _forward(own[i]))
     order = [0, 1, *order, *range(len(own), len(names))]
-    if not np.any(_shown(drawn[:, 0]) == drawn[:, 0]):
+    if np.all(_is_missing(drawn[:, 0])):
         order = order[1:]
     counts = drawn[:, -len(stretches.COUNTS) :].T.astype(np.int64)
     of = dict(zip(stretches.COUNTS, counts, strict=True))
@@ -228,9 +234,13 @@ def rows(state: Any, paths: Sequence[str] = ()) -> dict[str, np.ndarray]:
 
 def _shown(values: np.ndarray) -> np.ndarray:
     """Returns what the numbers stand for, in float64."""
-    none = (values <= stretches.none(values.dtype)) & np.isfinite(values)
     large = infinity.is_infinite(values)
-    return np.where(none, np.nan, np.where(large, np.inf, values)).astype(np.float64)
+    shown = np.where(_is_missing(values), np.nan, np.where(large, np.inf, values))
+    return shown.astype(np.float64)
+
+
+def _is_missing(values: np.ndarray) -> np.ndarray:
+    return (values <= stretches.none(values.dtype)) & np.isfinite(values)
 
 
 def _forward(name: str) -> list[Any]:

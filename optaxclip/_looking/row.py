@@ -1,38 +1,51 @@
 """What of a step itself is recorded: its loss and its norms."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip import norms
 from optaxclip._looking import stretches
 from optaxclip._measure import formulas, reduce, scopes as _scopes, units as _units
 from optaxclip._mesh import collectives
-from optaxclip._trees import infinity, leaves as _leaves
+from optaxclip._trees import infinity, leaves as _leaves, paths as _paths
 
 
-def count(norm: _scopes.Norm, measured: _scopes.Measured) -> int:
-    """Returns how many norms are columns of their own: the global one is not."""
+def columns(
+    norm: _scopes.Norm, measured: _scopes.Measured, paths: Sequence[str]
+) -> np.ndarray:
+    """Returns which norms are columns: not the global one, nor those of no leaf."""
     if isinstance(measured.norms, _units.Units):
         raise ValueError(
             "Expected a norm of all leaves, of each leaf or of groups, got one of"
             " units. Use `norms.leaf_norms`."
         )
-    is_global = _units.EVERYTHING in measured.scopes and norms.is_partition(norm)
-    return 0 if is_global else measured.norms.size
+    if _units.EVERYTHING in measured.scopes:
+        return np.arange(0 if norms.is_partition(norm) else 1)
+    excluded, formula = set[int](), norms.formula(norm)
+    while isinstance(formula, functools.partial) and "exclude" in formula.keywords:
+        matching = _paths.matching(formula.keywords["exclude"], paths, "`exclude`")
+        excluded |= {*np.flatnonzero(matching).tolist()}
+        formula = norms.formula(formula.keywords["norm"])
+    counted = [not excluded.issuperset(scope) for scope in measured.scopes]
+    return np.flatnonzero(counted)
 
 
 def norms_of(norm: _scopes.Norm, leaves: _leaves.Leaves) -> jax.Array:
     """Returns the global norm and those of all scopes."""
     measured = _scopes.measure(norms.formula(norm), leaves)
-    own = count(norm, measured)
+    own = columns(norm, measured, leaves.paths())
     sizes = jnp.ravel(measured.sizes())
     if norms.is_partition(norm):
         total = _total(sizes)
     else:
         total = _scopes.measure(formulas.global_norm, leaves).sizes()
-    return jnp.concatenate([total[None], sizes[:own]])
+    sizes = sizes if own.size == sizes.size else sizes[own]  # mostly all of them
+    return jnp.concatenate([total[None], sizes])
 
 
 def is_nonfinite(norm: _scopes.Norm, own: jax.Array) -> jax.Array:

@@ -1,7 +1,5 @@
 """A suggested threshold is what it says it is: a share of the weights in a step."""
 
-from collections.abc import Hashable, Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ import pytest
 from flax import nnx
 
 import optaxclip
-
-Rates = Mapping[Hashable, optax.GradientTransformation]
 
 PARAMS = {
     "dense": {"kernel": jnp.full((4, 3), 2.0), "bias": jnp.zeros(3)},
@@ -113,8 +109,9 @@ def test_params_that_are_frozen_do_not_count(frozen):
 
 
 def test_of_several_learning_rates_the_largest_counts():
-    rates: Rates = {"frozen": optax.sgd(0.01), "sgd": optax.sgd(0.5)}
-    optimizer = optax.partition(rates, LABELS)
+    optimizer = optax.partition(
+        {"frozen": optax.sgd(0.01), "sgd": optax.sgd(0.5)}, LABELS
+    )
     suggested = optaxclip.suggest_max_norm(optimizer, PARAMS, share=1.0)
     assert suggested == pytest.approx(NORM / 0.5, rel=1e-3)
 
@@ -166,11 +163,11 @@ def test_an_optimizer_with_arrays_of_its_own_is_asked_with_whole_params():
 def test_many_leaves_are_told_apart():
     layers = {f"layer_{i}": jnp.full((3, 3), 1.0) for i in range(30)}
     which = {name: str(i % 3) for i, name in enumerate(layers)}
-    sgd, momentum = optax.sgd(0.1), optax.sgd(0.01, 0.95)
-    rates: Rates = {"0": sgd, "1": momentum, "2": optax.set_to_zero()}
-    suggested = optaxclip.suggest_max_norm(
-        optax.partition(rates, which), layers, share=1.0
+    optimizer = optax.partition(
+        {"0": optax.sgd(0.1), "1": optax.sgd(0.01, 0.95), "2": optax.set_to_zero()},
+        which,
     )
+    suggested = optaxclip.suggest_max_norm(optimizer, layers, share=1.0)
     assert suggested == pytest.approx(np.sqrt(20 * 9) / 0.2, rel=0.01)
 
 
@@ -180,9 +177,9 @@ def test_many_leaves_are_told_apart():
 def test_many_leaves_that_move_seldom_are_told_apart(k):
     layers = {f"layer_{i}": jnp.full((3, 3), 1.0) for i in range(17)}
     which = {name: str(i % 2) for i, name in enumerate(layers)}
-    warm_up = optax.sgd(optax.linear_schedule(0, 0.9, 500))
-    rates: Rates = {"0": optax.sgd(0.01), "1": warm_up}
-    optimizer = optax.MultiSteps(optax.partition(rates, which), k)
+    rising = optax.sgd(optax.linear_schedule(0, 0.9, 500))
+    inner = optax.partition({"0": optax.sgd(0.01), "1": rising}, which)
+    optimizer = optax.MultiSteps(inner, k)
     suggested = optaxclip.suggest_max_norm(optimizer, layers, share=1.0)
     assert suggested == pytest.approx(np.sqrt(17 * 9) / 0.9, rel=0.01)
 

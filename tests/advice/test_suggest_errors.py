@@ -1,7 +1,5 @@
 """What `suggest_max_norm` can't answer it says, and what to do."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +12,13 @@ PARAMS = {"w": jnp.ones(3)}
 SGD, ADAM = optax.sgd(0.1), optax.adam(1e-3)
 
 
-def update_by_hessian(updates, state, params=None, *, hessian, **others):
-    return updates, state
+def ask_for_more(updates, state, params=None, **told):
+    return updates, told["hessian"]
 
 
-UPDATE: Any = update_by_hessian
-NEEDS_MORE = optax.GradientTransformationExtraArgs(optax.identity().init, UPDATE)
+NEEDS_MORE = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(), ask_for_more
+)
 FROZEN = optax.chain(optax.sgd(0.1), optax.set_to_zero())
 
 ERRORS = {
@@ -57,7 +56,7 @@ ERRORS = {
     ),
     "an optimizer that wants more": (
         (NEEDS_MORE, PARAMS),
-        TypeError,
+        KeyError,
         r"(?s)hessian.*Raised by the optimizer.*value=",
     ),
     "a state for the history": (

@@ -15,7 +15,7 @@ PARAMS = {
     "head": {"kernel": jnp.full((3, 1), -1.0), "bias": jnp.zeros(1)},
 }
 NORM = np.sqrt(4 * 12 + 3)
-RISING = optax.warmup_cosine_decay_schedule(0.0, 0.1, 3000, 20000)
+RISING = optax.warmup_cosine_decay_schedule(0.0, 0.1, 30_000, 300_000)
 LABELS = {"dense": "frozen", "head": "sgd"}
 
 # Optimizers of one learning rate, and how far they move for each unit of the gradient.

@@ -25,11 +25,17 @@ COLUMNS = ["call", "norm", "threshold", "factor", "state", "take it", "source"]
 NO_RULES = {
     "clip_by": "makes all those that aren't flat",
     "cotangent_stats": "a dummy parameter",
+    "diagnose": "reads a history",
     "global_norm": "a norm",
+    "history": "reads statistics",
     "keep_if_skipped": "goes by what a guard did",
+    "live": "shows a history",
     "over_axes": "tells a clip how leaves are split",
     "over_layers": "tells a clip which arrays are stacks of layers",
     "record": "keeps statistics",
+    "report": "shows a history",
+    "status": "shows statistics",
+    "suggest_max_norm": "a number for a threshold",
     "summary": "reads statistics",
 }
 

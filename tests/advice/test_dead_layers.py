@@ -47,6 +47,18 @@ def test_a_dead_member_of_a_stack_is_named():
     assert "lives is blocks/3/kernel" in text
 
 
+def test_a_leaf_that_died_in_the_last_steps_of_a_record_is_dead():
+    """In most of its rows, but in less than a quarter of the steps."""
+    history = by_leaf(rows=160)
+    history = with_norms(history, ["Dense_0/kernel"], slice(-80, None), 0.0)
+    width = np.repeat([4, 1], [60, 100])
+    step = np.cumsum(width) - width
+    history |= {"step": step, "width": width, "nonfinite": 0 * width}
+    history["peak/loss"] = history["loss"]
+    assert "dead" in bad(history)
+    assert f"DEAD since step {step[80]}" in diagnose(history)["dead"]
+
+
 def test_layers_without_an_order_are_only_listed():
     names = ["decoder/kernel", "encoder/kernel", "head/kernel", "trunk/kernel"]
     history = with_norms(by_leaf(leaves=names), names[:2], slice(50, None), 0.0)

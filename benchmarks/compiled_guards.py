@@ -14,6 +14,7 @@ the compilers say, and have no noise:
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,8 +35,8 @@ COLUMNS += ("est. us", "kcycles")
 FORM = "{:8}{:10}{:18}{:>8}{:>10}{:>8}{:>9}{:>8}{:>8}"
 
 
-def compile_all(name: str, tree: str, optimizer: str) -> dict[str, Row]:
-    """Returns the figures of the step with the clip alone and within each guard."""
+def compile_all(name: str, tree: str, optimizers: Mapping[str, Any]) -> dict[str, Row]:
+    """Returns the figures of the step with each of some optimizers."""
     target = _targets.TARGETS[name]
     sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
     shapes = _trees.TREES[tree]()
@@ -47,13 +48,13 @@ def compile_all(name: str, tree: str, optimizer: str) -> dict[str, Row]:
 
     grads, rows = abstract(lambda: _trees.of_shapes(jnp.zeros, shapes)), {}
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(grads))
-    for guard, tx in _steps.guarded(optimizer).items():
+    for contender, tx in optimizers.items():
         lower = functools.partial(
             _steps.jit_step(tx).lower, grads, abstract(tx.init, grads), grads
         )
         compiled = _targets.compile_for(target, lower)
-        rows[guard] = figures(target, compiled)
-        rows[guard]["copies"] = _compiled.bytes_of("copy", compiled) / size
+        rows[contender] = figures(target, compiled)
+        rows[contender]["copies"] = _compiled.bytes_of("copy", compiled) / size
     return rows
 
 
@@ -74,7 +75,7 @@ def report(name: str, tree: str, optimizer: str) -> list[Row]:
     common = _targets.describe("compiled_guards", name)
     common |= _trees.describe(tree) | {"optimizer": optimizer}
     rows = []
-    for guard, row in compile_all(name, tree, optimizer).items():
+    for guard, row in compile_all(name, tree, _steps.guarded(optimizer)).items():
         _targets.show(
             *(FORM, tree, optimizer, guard, row["kernels"]),
             round(row["bytes_read"] / 1e6, 2),

@@ -116,9 +116,9 @@ def record(
       >>> for grad in 0.5, 2.0, jnp.nan, jnp.nan:
       ...     grads = {"w": jnp.array([grad])}
       ...     updates, state = tx.update(grads, state, params)
-      >>> seen, kept = state.seen
-      >>> print(f"{seen} steps, {kept} rows")
-      4 steps, 3 rows
+      >>> history = optaxclip.history(state, params)
+      >>> print(history["step"], history["norm"], history["nonfinite"])
+      [0 1 2] [0.5 2.  nan] [0 0 2]
     """
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()

@@ -94,7 +94,7 @@ def after(
     new = jnp.concatenate([values, numbers])
     rows = _rows(memory, plan, new)
     # All is read before anything is written, which then needs no copy.
-    rows, memory = jax.lax.optimization_barrier((rows, memory))
+    rows, memory = jax.lax.optimization_barrier((rows, _on_mesh_of(memory, values)))
     for part, slot, first, end in (
         (DRAWN, plan.first, 0, 2),
         (DRAWN, plan.slot, 2, 4),
@@ -103,6 +103,15 @@ def after(
         start = _start(part, slot)
         memory = jax.lax.dynamic_update_slice(memory, rows[first:end, None], start)
     return memory, jnp.stack([plan.seen, plan.kept])
+
+
+def _on_mesh_of(memory: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the memory as JAX 0.8 wants it, where zeros have no mesh."""
+    own, other = (getattr(jax.typeof(x), "sharding", None) for x in (memory, values))
+    if own is None or other is None or own.mesh == other.mesh:
+        return memory
+    is_same = jnp.isnan(values[0]) | True  # on the mesh, and no work once compiled
+    return jnp.where(is_same, memory, memory)
 
 
 def _planned(memory: jax.Array, seen: Any, kept: Any, is_nonfinite: Any) -> Plan:

@@ -1,4 +1,4 @@
-"""Finds out why the loss is NaN, and types the number that mends it.
+"""Finds out why the loss is NaN, and which threshold mends it.
 
 A network that predicts unscaled targets explodes within ten steps. `record` is a flight
 recorder around the optimizer: the state holds the run, and stops at the crash.

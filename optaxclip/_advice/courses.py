@@ -44,7 +44,7 @@ def diverged(run: Run) -> str | None:
     sure = SURE * max(wander(loss.value), noise(loss.value[-4 * window :]))
     stays = level[-window:].min() > (low + end) / 2
     is_told = stays and end - low > sure and _is_far(run, loss, found, end)
-    if not is_told:
+    if not is_told and not _ran_away(run, loss, found, level[-window:].min()):
         return _as_if_diverged(run, loss)
     start, since = short(np.median(loss.value[:3])), loss.step[best]
     again = f"go back to a checkpoint from step {since} or before, and go on"
@@ -99,6 +99,17 @@ def _diverged_in_a_few(run: Run, loss: Series) -> str | None:
         " Most often the steps are too large: go on from a checkpoint of before, with a"
         " lower learning rate or a lower threshold."
     )
+
+
+def _ran_away(run: Run, loss: Series, low: Series, end: float) -> bool:
+    """Whether a loss and its norms grew by orders of magnitude, and go on to.
+
+    Such a loss ends in swings as large as itself, which hide the rise.
+    """
+    if loss.value.min() <= 0 or end < TENFOLD * np.median(loss.value[:3]):
+        return False
+    is_far = end > TENFOLD**2 * float(low.value)
+    return is_far and _norms_rose(run, int(low.step)) > 3
 
 
 def _is_far(run: Run, loss: Series, low: Series, end: float) -> bool:

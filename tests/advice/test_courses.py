@@ -27,6 +27,21 @@ def test_a_loss_that_rose_and_stays_up_diverged():
     assert " The gradient norm was 2" in text
 
 
+def running_away(norms):
+    """A loss that grows twenty orders of magnitude, in swings as large as itself."""
+    rows = np.arange(300)
+    swings = np.exp(2 * np.sin(rows / 3)) * noisy(1.0, 300, 1.0, 0)
+    return {"loss": np.exp(rows / 7) * swings, "norm": np.exp(norms * rows) * swings}
+
+
+def test_a_loss_that_runs_away_in_swings_diverged():
+    assert "diverged" in bad(running_away(norms=1 / 14))
+
+
+def test_a_loss_that_rises_while_its_norms_do_not_may_be_meant():
+    assert "diverged" not in bad(running_away(norms=0.0))
+
+
 def test_a_loss_that_rose_and_came_back_did_not_diverge():
     history = healthy()
     history["loss"][120:150] = flat(4.0, 30)

@@ -20,12 +20,12 @@ def regression(study, run_study):
 
 def test_it_is_nan_without_a_clip_and_converges_with_one(regression):
     module, _, final, printed, _ = regression
-    assert np.isnan(final["no clip"]).all() and np.isnan(final[module.WITHOUT]).all()
+    assert np.isnan(final["no clip"]).all() and np.isnan(final["rate 0.0015"]).all()
     finite = {name: mse for name, mse in final.items() if np.isfinite(mse).all()}
-    assert set(final) - set(finite) == {"no clip", module.WITHOUT}
+    assert set(final) - set(finite) == {"no clip", "rate 0.0015"}
     del finite["global norm 600"]  # see below
     assert np.max(list(finite.values())) < 2000  # from 20000
-    for name in "norm 1 per leaf", "values within 0.5", module.WITH:
+    for name in "norm 1 per leaf", "values within 0.5", "rate 0.0015, norm 200":
         assert final[name].max() < 100, name
     assert final["relative step 0.03"].max() < 10
     assert all(f"\n{name}  " in printed for name in final)
@@ -52,12 +52,12 @@ def test_one_clip_acts_on_large_gradients_alone(regression):
     settings = module.textbook_settings(module.regression_data())
     shares = module.clipped_share(settings, history)
     shares = dict(zip(settings, shares, strict=True))
-    assert shares["no clip"] == shares[module.WITHOUT] == 0
+    assert shares["no clip"] == shares["rate 0.0015"] == 0
     assert shares["global norm 1"] == shares["norm 1 per leaf"] == 1
     assert shares["values within 0.5"] == shares["relative step 0.03"] == 1
-    norm, limit = history.norm[list(final).index(module.WITH)], 200
-    assert settings[module.WITH].max_norm == limit
-    assert shares[module.WITH] == (norm > limit).mean()
+    norm, limit = history.norm[list(final).index("rate 0.0015, norm 200")], 200
+    assert settings["rate 0.0015, norm 200"].max_norm == limit
+    assert shares["rate 0.0015, norm 200"] == (norm > limit).mean()
     assert (norm[:, :20] > limit).all() and (norm[:, -module.BATCHES :] < limit).all()
 
 

@@ -19,7 +19,7 @@ def regression(study, run_study):
 
 
 def test_it_is_nan_without_a_clip_and_converges_with_one(regression):
-    module, _, final, printed, _ = regression
+    _, _, final, printed, _ = regression
     assert np.isnan(final["no clip"]).all() and np.isnan(final["rate 0.0015"]).all()
     finite = {name: mse for name, mse in final.items() if np.isfinite(mse).all()}
     assert set(final) - set(finite) == {"no clip", "rate 0.0015"}

@@ -102,6 +102,8 @@ def test_two_processes_clip_as_one_device(tmp_path):
         assert {case.rpartition(", ")[0] for case in report["deviations"]} == cases
         deviations = report["deviations"].items()
         assert not [(case, off) for case, off in deviations if not off <= RTOL]
+        history = report["history"].items()
+        assert len(history) > 8 and max(off for _, off in history) <= RTOL
     found = copies(reports)
     assert {len(hashes) for hashes in found.values()} == {1, 4, 8}
     assert not [piece for piece, hashes in found.items() if len(set(hashes)) > 1]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import helpers
@@ -132,6 +133,31 @@ def compare(name, setting, mesh, alone):
     return deviations, found
 
 
+def recorded(updates, params):
+    """The record of six steps, of which the fifth is NaN."""
+    clip = oc.clip_by_global_norm(1.0)
+    tx = oc.record(optax.chain(clip, optax.sgd(0.1)), size=2)
+    state = tx.init(params)
+    for step, size in enumerate((1.0, 2.0, 3.0, 4.0, np.nan, 5.0)):
+        grads = jax.tree.map(lambda x, size=size: size * x, updates)
+        _, state = tx.update(grads, state, params, value=np.float32(step))
+    return state
+
+
+def compare_histories(mesh):
+    """How far each column is from that of one device, as both are read here."""
+    updates, params = jax.device_get(
+        [helpers.random_tree(seed=seed, shapes=SHAPES) for seed in (1, 2)]
+    )
+    want = oc.history(jax.jit(recorded)(updates, params), params)
+    state = jax.jit(recorded)(spread(updates, mesh), spread(params, mesh))
+    got = oc.history(state, params)
+    assert list(got) == list(want)
+    apart = {k: np.abs(got[k] - x) / np.maximum(np.abs(x), 1) for k, x in want.items()}
+    missing = {k: np.isnan(got[k]) != np.isnan(x) for k, x in want.items()}
+    return {k: float(np.nanmax([0, *x, *missing[k]])) for k, x in apart.items()}
+
+
 def main(address, number, file):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -149,6 +175,7 @@ def main(address, number, file):
             deviations |= some_deviations
             found |= some
     report = {"owners": owners, "deviations": deviations, "hashes": found}
+    report["history"] = compare_histories(mesh)
     Path(file).write_text(json.dumps(report))
 
 

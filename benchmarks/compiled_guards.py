@@ -14,7 +14,8 @@ the compilers say, and have no noise:
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,8 +89,23 @@ def report(name: str, tree: str, optimizer: str) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = _results.make_parser(__doc__, "the small tree alone")
+def run(
+    doc: str | None,
+    head: Sequence[str],
+    cases: Iterable[str],
+    report: Callable[[str, str, str], list[Row]],
+    settings: Sequence[str],
+) -> None:
+    """Reports every case on every tree, for each target that can be compiled for.
+
+    Args:
+      doc: docstring of the benchmark.
+      head: form and columns of its table.
+      cases: such as optimizers.
+      report: function from target, tree and case to rows, which prints them.
+      settings: columns that tell rows apart.
+    """
+    parser = _results.make_parser(doc, "the small tree alone")
     trees = list(_trees.TREES)
     parser.add_argument("--trees", nargs="+", choices=trees, default=trees)
     args = _targets.parse(parser, TARGETS)
@@ -99,11 +115,10 @@ def main() -> None:
     _results.print_machine()
     for name in args.platforms:
         print(f"\n{name}: one device")
-        _targets.show(FORM, *COLUMNS)
-        for tree in args.trees:
-            for optimizer in _steps.OPTIMIZERS:
-                _results.store(report(name, tree, optimizer), SETTINGS, args.out)
+        _targets.show(*head)
+        for tree, case in itertools.product(args.trees, cases):
+            _results.store(report(name, tree, case), settings, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, (FORM, *COLUMNS), _steps.OPTIMIZERS, report, SETTINGS)

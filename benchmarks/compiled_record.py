@@ -19,18 +19,16 @@ needed. `record(inner, norm=norms.global_norm)` needs none of them.
 
 from typing import Any
 
-import _results
 import _steps
 import _targets
 import _trees
 from _steps import CLIP_ALONE
-from compiled_guards import compile_all
+from compiled_guards import compile_all, run
 from record import CLIPS
 
 Row = dict[str, Any]
 
 SETTINGS = ("target", "tree", "clip", "contender")
-TARGETS = ("tpu-8", "h200-8", "cpu-8")
 COLUMNS = ("tree", "clip", "record", "kernels", "more", "read MB", "copied")
 FORM = "{:8}{:13}{:22}{:>8}{:>6}{:>10}{:>8}"
 
@@ -52,22 +50,5 @@ def report(name: str, tree: str, clip: str) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = _results.make_parser(__doc__, "the small tree alone")
-    trees = list(_trees.TREES)
-    parser.add_argument("--trees", nargs="+", choices=trees, default=trees)
-    args = _targets.parse(parser, TARGETS)
-    if args.quick:
-        args.trees = ["lstm"]
-    _targets.set_up(devices=1)
-    _results.print_machine()
-    for name in args.platforms:
-        print(f"\n{name}: one device")
-        _targets.show(FORM, *COLUMNS)
-        for tree in args.trees:
-            for clip in CLIPS:
-                _results.store(report(name, tree, clip), SETTINGS, args.out)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, (FORM, *COLUMNS), CLIPS, report, SETTINGS)

@@ -52,6 +52,7 @@ momentum makes, was worse in trials that are left out.
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -149,24 +150,30 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def train(args: argparse.Namespace, compare: Callable[[str], list[Row]]) -> list[Row]:
+    """Runs, keeps and prints what is compared on each task; returns all rows."""
     machine = _results.print_machine()
     print(f"{args.seeds} seeds; by learning rate the median final loss of the tuned")
     print("clip, then ratios to it, and how many runs diverged")
     began, rows = time.process_time(), []
     for task in args.tasks:
-        own = compare(task, args.candidates, args.seeds, args.steps)
+        own = compare(task)
         _results.store([machine | row for row in own], SETTINGS, args.out)
         print_task(own)
         rows += own
         jax.clear_caches()  # programs of all tasks are more than a process can map
+    print(f"CPU seconds: {time.process_time() - began:.0f}")
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    rows = train(args, lambda x: compare(x, args.candidates, args.seeds, args.steps))
     print_verdict(rows, "all tasks")
     for title, moments in OPTIMIZERS.items():
         own = [row for row in rows if TASKS[row["task"]]().moments is moments]
         if 0 < len(own) < len(rows):
             print_verdict(own, title)
-    print(f"CPU seconds: {time.process_time() - began:.0f}")
 
 
 if __name__ == "__main__":

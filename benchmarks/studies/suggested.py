@@ -44,17 +44,15 @@ differ from a threshold of 1, which ends up to 1.4 and loses a run.
 """
 
 import argparse
-import time
 from typing import Any
 
-import jax
 import numpy as np
 from _fresh_tasks import TASKS as FRESH
 from _no_knob_rules import TUNED
 from _no_knob_runs import LAST, SEGMENT
 from _suggested_runs import SHARES, TASKS, compare
 from _task_parts import momentum
-from no_knob import SETTINGS, judge, print_task, print_verdict
+from no_knob import judge, print_verdict, train
 
 from benchmarks import _results
 
@@ -114,18 +112,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    machine = _results.print_machine()
-    print(f"{args.seeds} seeds; by learning rate the median final loss of the tuned")
-    print("clip, then ratios to it, and how many runs diverged")
-    began, rows = time.process_time(), []
-    for task in args.tasks:
-        own = compare(task, args.seeds, args.steps)
-        _results.store([machine | row for row in own], SETTINGS, args.out)
-        print_task(own)
-        rows += own
-        jax.clear_caches()  # programs of all tasks are more than a process can map
-    report(rows)
-    print(f"CPU seconds: {time.process_time() - began:.0f}")
+    report(train(args, lambda task: compare(task, args.seeds, args.steps)))
 
 
 if __name__ == "__main__":

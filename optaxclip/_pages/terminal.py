@@ -1,6 +1,5 @@
 """A run in a terminal: numbers, two lines, and the leaves that matter."""
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -93,10 +92,4 @@ def _table(rows: list[_leaves.Leaf]) -> Any:
 
 
 def _rich(name: str) -> Any:
-    try:
-        return importlib.import_module(f"rich.{name}")
-    except ImportError as error:
-        raise ImportError(
-            "The view for the terminal is drawn with rich, which is not installed:"
-            ' `pip install "optaxclip[looking]"`.'
-        ) from error
+    return _canvas.drawn_with(f"rich.{name}", "The view for the terminal is")

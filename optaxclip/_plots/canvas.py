@@ -24,14 +24,23 @@ def figure(width: float, height: float) -> Any:
     return _matplotlib("figure").Figure((width, height), layout="constrained")
 
 
-def _matplotlib(name: str) -> Any:
+def drawn_with(module: str, what: str) -> Any:
+    """Imports a module that the extra `looking` brings.
+
+    Raises:
+      ImportError: it is not there. The message begins with what is drawn with it.
+    """
     try:
-        return importlib.import_module(f"matplotlib.{name}")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            "Pictures are drawn with matplotlib, which is not installed:"
+            f"{what} drawn with {module.split('.')[0]}, which is not installed:"
             ' `pip install "optaxclip[looking]"`.'
         ) from error
+
+
+def _matplotlib(name: str) -> Any:
+    return drawn_with(f"matplotlib.{name}", "Pictures are")
 
 
 def number(value: float) -> str:

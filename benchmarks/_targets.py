@@ -7,7 +7,6 @@ into an environment of their own. Their figures have no noise.
 import argparse
 import importlib.metadata
 import os
-import unittest.mock
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -129,10 +128,7 @@ def compile_for(
 ) -> jax.stages.Compiled:
     """Traces, lowers and compiles from nothing, as on the target."""
     jax.clear_caches()
-    # The library asks where it is, and here the answer would always be a CPU.
-    with unittest.mock.patch.object(jax, "default_backend", lambda: target.backend):
-        lowered = lower()
-    return lowered.compile()
+    return lower().compile()
 
 
 def describe(question: str, name: str) -> Row:

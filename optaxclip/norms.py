@@ -21,6 +21,7 @@ import jax
 
 from optaxclip._arguments import mistakes
 from optaxclip._measure import (
+    forms,
     formulas,
     own_norms,
     scopes as _scopes,
@@ -234,11 +235,11 @@ def _excluding(
     *,
     norm: _scopes.Norm,
     exclude: tuple[str, ...],
-) -> _scopes.Plain:
+) -> forms.Plain:
     return formulas.excluding(updates, splits, formula(norm), exclude)
 
 
-_FORMULAS: dict[Any, Callable[..., _scopes.Plain]] = {
+_FORMULAS: dict[Any, Callable[..., forms.Plain]] = {
     global_norm: formulas.global_norm,
     leaf_norms: formulas.leaf_norms,
     leaf_rms: formulas.leaf_rms,

@@ -113,18 +113,15 @@ def _largest_ratios(
     """
     info = jnp.finfo(leaves.dtype)
     far, half = 2.0 ** (3 * info.maxexp // 4), 2.0 ** (info.maxexp // 2 - 1)
-    splits = _splits.splits(leaves)
-
-    def largest(ratios: list[jax.Array]) -> _scopes.Plain:
-        return formulas.leaf_norms(leaves.tree(ratios), splits, ord=np.inf)
-
     pairs = list(zip(leaves.measured(), allowed, strict=True))
-    plain = largest([_near_ratio(*pair, far) for pair in pairs])
-    scaled = largest([_far_ratio(*pair, half) for pair in pairs])
-    is_far = plain.norms > far
+    near = leaves.tree([_near_ratio(*pair, far) for pair in pairs])
+    beyond = leaves.tree([_far_ratio(*pair, half) for pair in pairs])
+    plain = formulas.leaf_norms(near, _splits.splits(leaves), ord=np.inf)
+    norms, scaled = plain.norms(near), plain.norms(beyond)
+    is_far = norms > far
     return _scopes.Measured(
-        jnp.where(is_far, scaled.norms, plain.norms),
-        jnp.where(is_far, half**-2, jnp.ones_like(plain.norms)),
+        jnp.where(is_far, scaled, norms),
+        jnp.where(is_far, half**-2, jnp.ones_like(norms)),
         plain.scopes,
         plain.axes,
     )

@@ -34,8 +34,10 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     splits, measured = _splits.splits(leaves), leaves.measured()
     over = [_over(x, some) for x, some in zip(measured, bounds, strict=True)]
     sizes = np.array(formulas.sizes(leaves.tree(over), splits), leaves.dtype)
-    largest = formulas.leaf_norms(leaves.tree(measured), splits, ord=jnp.inf).norms
-    counts = formulas.leaf_norms(leaves.tree(over), splits, ord=1).norms
+    largest, counts = (
+        formulas.leaf_norms(tree, splits, ord=ord).norms(tree)
+        for tree, ord in ((leaves.tree(measured), jnp.inf), (leaves.tree(over), 1))
+    )
     counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
     stats = infinity.replaced(largest.astype(leaves.dtype)), counts / sizes
     found = Seen(*jax.lax.stop_gradient(stats), counted)

@@ -113,7 +113,9 @@ def multiplied(
     return leaves.replaced(products, untouched)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _times(leaf: Any, dtype: Any, scale: jax.Array, rest: jax.Array) -> jax.Array:
+    """Returns the product; traced once for all leaves of one shape."""
     untouched = scale * scale * rest == 1
     wide = _leaves.widen(leaf, dtype)
     product = _leaves.narrow(wide * scale * scale * rest, leaf)

@@ -66,7 +66,8 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
         finite = [jnp.isfinite(x) for x in counted]
         kept = [jnp.where(ok, x, 0) for ok, x in zip(finite, counted, strict=True)]
         broken = leaves.tree([(~ok).astype(jnp.float32) for ok in finite])
-        count = formulas.global_norm(broken, _splits.splits(leaves), ord=1).norms
+        plain = formulas.global_norm(broken, _splits.splits(leaves), ord=1)
+        count = plain.norms(broken)
         steps = optax.safe_increment(state.zeroed_step_count)
         return leaves.replaced(kept), ZeroNonfiniteState(
             jnp.asarray(optax.safe_increment(state.step_count)),

@@ -1,4 +1,4 @@
-"""The plain formulas of the norms, which over- and underflow: `_scopes` rescues them.
+"""The plain formulas of the norms, which over- and underflow: `forms` makes them exact.
 
 Each takes the tree of counted leaves, in the dtype of the arithmetic, and how every
 leaf is split over devices.
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._measure import (
+    forms,
+    layouts,
     names as _names,
     reduce,
     scopes as _scopes,
@@ -24,33 +26,35 @@ from optaxclip._trees import leaves as _leaves, paths as _paths
 Labels = Mapping[str, Hashable] | Callable[[Any], Any] | None
 
 
-def global_norm(
-    updates: Any, splits: _splits.Splits, *, ord: float = 2
-) -> _scopes.Plain:
-    leaves = jax.tree.leaves(updates)
-    alone = [None] * len(leaves)  # layers or not, it is the same sum
-    pieces = reduce.pieces(leaves, [(0,)] * len(leaves), splits, alone)
+def global_norm(updates: Any, splits: _splits.Splits, *, ord: float = 2) -> forms.Plain:
+    del updates
+    checked(ord)
 
-    def scaled(scale: float) -> jax.Array:
-        return reduce.norms(pieces, scale, 1, checked(ord))[0]
+    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
+        leaves = jax.tree.leaves(updates)
+        alone = [None] * len(leaves)  # layers or not, it is the same sum
+        every = [(0,)] * len(leaves)
+        pieces = layouts.pieces(leaves, every, splits, alone, layout)
+        scales = scale if isinstance(scale, float) else scale[None]
+        return reduce.norms(pieces, scales, 1, ord, layout.operands)[0]
 
-    return _scopes.Plain(scaled(1.0), (_units.EVERYTHING,), scaled)
+    return forms.Plain(scaled, (_units.EVERYTHING,))
 
 
-def leaf_norms(
-    updates: Any, splits: _splits.Splits, *, ord: float = 2
-) -> _scopes.Plain:
+def leaf_norms(updates: Any, splits: _splits.Splits, *, ord: float = 2) -> forms.Plain:
     groups = range(len(jax.tree.leaves(updates)))
     return _norms_of(groups, updates, splits, checked(ord))
 
 
-def leaf_rms(updates: Any, splits: _splits.Splits) -> _scopes.Plain:
+def leaf_rms(updates: Any, splits: _splits.Splits) -> forms.Plain:
     _leaves.check_dense(updates, "a root mean square")
-    plain = leaf_norms(updates, splits)
-    roots = jnp.sqrt(jnp.asarray(sizes(updates, splits), plain.norms.dtype))
-    return plain._replace(
-        norms=plain.norms / roots, scaled=lambda scale: plain.scaled(scale) / roots
-    )
+    plain, counts = leaf_norms(updates, splits), sizes(updates, splits)
+
+    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
+        norms = plain.scaled(updates, scale, layout)
+        return norms / jnp.sqrt(jnp.asarray(counts, norms.dtype))
+
+    return plain._replace(scaled=scaled)
 
 
 def sizes(updates: Any, splits: _splits.Splits) -> list[int]:
@@ -65,7 +69,7 @@ def sizes(updates: Any, splits: _splits.Splits) -> list[int]:
 
 def group_norms(
     updates: Any, splits: _splits.Splits, *, labels: Labels, ord: float
-) -> _scopes.Plain:
+) -> forms.Plain:
     groups = _labels(updates, labels)
     for position, label in enumerate(groups):
         if isinstance(label, jax.Array) or not isinstance(label, Hashable):
@@ -84,7 +88,7 @@ def _norms_of(
     splits: _splits.Splits,
     ord: float,
     names: Mapping[Any, str] = MappingProxyType({}),
-) -> _scopes.Plain:
+) -> forms.Plain:
     """Returns the norms of groups of leaves, of every layer in a stack by itself.
 
     Args:
@@ -105,10 +109,12 @@ def _norms_of(
         rows.append(own)
     numbers = {key: number for number, key in enumerate(members)}
     places = [tuple(numbers[key] for key in own) for own in rows]
-    pieces = reduce.pieces(jax.tree.leaves(updates), places, splits, stacks)
+    count = len(members)
 
-    def norms(scale: float) -> jax.Array:
-        return reduce.norms(pieces, scale, len(members), ord)
+    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
+        leaves = jax.tree.leaves(updates)
+        pieces = layouts.pieces(leaves, places, splits, stacks, layout)
+        return reduce.norms(pieces, scale, count, ord, layout.operands)
 
     def every_name() -> _names.Names:
         found = _names.of_scopes(list(members.values()), _paths.paths(updates))
@@ -118,7 +124,7 @@ def _norms_of(
         ]
 
     scopes = tuple(map(tuple, members.values()))
-    return _scopes.Plain(norms(1.0), scopes, norms, names=every_name)
+    return forms.Plain(scaled, scopes, names=every_name)
 
 
 def excluding(
@@ -126,14 +132,21 @@ def excluding(
     splits: _splits.Splits,
     formula: _scopes.Formula,
     exclude: tuple[str, ...],
-) -> _scopes.Plain:
+) -> forms.Plain:
     matching = _paths.matching(exclude, _paths.paths(updates), "`exclude`")
-    leaves, treedef = jax.tree.flatten(updates)
-    counted = [
-        jnp.zeros_like(leaf) if is_excluded else leaf
-        for leaf, is_excluded in zip(leaves, matching, strict=True)
-    ]
-    return formula(treedef.unflatten(counted), splits)
+    treedef = jax.tree.structure(updates)
+
+    def counted(updates: Any) -> Any:
+        pairs = zip(jax.tree.leaves(updates), matching, strict=True)
+        return treedef.unflatten(
+            [jnp.zeros_like(leaf) if is_out else leaf for leaf, is_out in pairs]
+        )
+
+    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> _units.Packed:
+        return plain.scaled(counted(updates), scale, layout)
+
+    plain = formula(counted(updates), splits)
+    return plain._replace(scaled=scaled)
 
 
 def _labels(updates: Any, labels: Labels) -> Sequence[Hashable]:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip._measure import names as _names, reduce, stacks as _stacks
-from optaxclip._measure.scopes import Measured, Norm, Plain, unscaled
+from optaxclip._measure import layouts, names as _names, reduce, stacks as _stacks
+from optaxclip._measure.forms import Plain
+from optaxclip._measure.scopes import Measured, Norm, unscaled
 from optaxclip._measure.units import EVERYTHING, Packed, Scope, joined
 from optaxclip._mesh import splits as _splits, summed
 from optaxclip._trees import paths as _paths
@@ -25,7 +26,10 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
     def packed(updates: Any) -> _Sorted:
         return _sorted(norm(updates), treedef, stacks)
 
-    def scaled(scale: float) -> Packed:
+    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> Packed:
+        del layout
+        if scale == 1:
+            return found.norms
         times = functools.partial(reduce.scaled, scale=scale)
         return packed(jax.tree.map(times, updates)).norms
 
@@ -38,15 +42,14 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
     norms = _numbers(norm(updates))
     summed.check_same_everywhere(norms, splits)
     found = _sorted(norms, treedef, stacks)
-    return Plain(found.norms, found.scopes, scaled, names=every_name)
+    return Plain(scaled, found.scopes, names=every_name)
 
 
 def given(norms: Any, leaves: Leaves) -> Measured:
     """Sorts norms that somebody else measured by scope."""
     holes = jax.tree.structure(leaves.tree(leaves.counted))
     found = _sorted(_numbers(norms), holes, _stacks.of_leaves(leaves))
-    plain = Plain(found.norms, found.scopes, lambda scale: found.norms)
-    return unscaled(plain, leaves.dtype)
+    return unscaled(found.norms, found.scopes, leaves.dtype)
 
 
 def _numbers(norms: Any) -> Any:

@@ -1,5 +1,6 @@
 """From arrays to the norm of each scope: the sums of powers behind every norm."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,27 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._measure import stacks as _stacks
-from optaxclip._mesh import collectives, splits as _splits
+from optaxclip._measure import layouts
+from optaxclip._measure.layouts import Piece
+from optaxclip._mesh import collectives
 from optaxclip._mesh.collectives import Axes
 
-_SMALL = 8192  # elements; smaller leaves are joined
-
-
-class Piece(NamedTuple):
-    """Elements of some scopes, ``array[i]`` those of the scope ``scopes[i]``.
-
-    Attributes:
-      array: its first axis goes over the scopes.
-      scopes: their numbers; of a stack of layers also those on other devices.
-      axes: the mesh axes over which the array differs from device to device.
-      stack: of which the rows are the layers.
-    """
-
-    array: jax.Array
-    scopes: tuple[int, ...]
-    axes: Axes
-    stack: _stacks.Stack | None = None
+Scale = float | jax.Array
+Combine = Callable[..., jax.Array]  # jnp.sum or jnp.max
+_STATIC = ("scale", "ord", "combine", "axes", "keepdims")
 
 
 class Reduction(NamedTuple):
@@ -46,48 +34,13 @@ class Reduction(NamedTuple):
     layers: int
 
 
-def pieces(
-    leaves: Sequence[jax.Array],
-    scopes: Sequence[tuple[int, ...]],
-    splits: _splits.Splits,
-    stacks: _stacks.Stacks,
-) -> list[Piece]:
-    """Sorts leaves by scope, small ones joined: one kernel reduces all of one size.
-
-    Joins only what is surely on one device, for anything else would be gathered. A TPU
-    reduces small leaves together by itself. A stack of layers has a scope for each.
-    """
-    join = jax.default_backend() != "tpu"
-    small: dict[tuple[int, Axes, jnp.dtype], list[jax.Array]] = {}
-    found = []
-    for leaf, some, split, stack in zip(leaves, scopes, splits, stacks, strict=True):
-        over = split.axes
-        if stack:
-            found.append(Piece(jnp.moveaxis(leaf, stack.axis, 0), some, over, stack))
-            continue
-        (scope,) = some
-        if join and leaf.size < _SMALL and collectives.is_local(leaf):
-            small.setdefault((scope, over, leaf.dtype), []).append(leaf)
-        else:
-            found.append(Piece(leaf[None], (scope,), over))
-    rows: dict[tuple[int, Axes, jnp.dtype], list[int]] = {}
-    for (scope, over, dtype), some in small.items():
-        size = sum(leaf.size for leaf in some)
-        rows.setdefault((size, over, dtype), []).append(scope)
-    for (_, over, dtype), same in rows.items():
-        some = [small[scope, over, dtype] for scope in same]
-        flat = [jnp.concatenate([x.reshape(x.size) for x in one]) for one in some]
-        found.append(Piece(jnp.stack(flat), tuple(same), over))
-    return found
-
-
 def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
     """Returns ``x * scale``, in a form that the compiler leaves alone when squared.
 
     Where it knows enough of ``x`` (a constant, a single element) it would otherwise
     compute ``x**2 * scale**2``, which is 0 times infinity.
 
-    Where the square will be taken the modulus will do, and the largest number for an
+    Where the square will be taken the modulus will do, and a large number for an
     infinity: so a CPU squares and sums in one loop, where it would keep a copy of ``x``
     otherwise. The scale is a power of two.
     """
@@ -97,27 +50,39 @@ def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
         parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
         return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
-    if square:
-        return jnp.minimum(jnp.abs(x) * scale, largest)
+    if square:  # a quarter, for the derivative of a square is twice the number
+        return jnp.minimum(jnp.abs(x) * scale, largest / 4)
     product = jax.lax.clamp(-largest, x * scale, largest)
     return jnp.where(jnp.isinf(x), x, product)
 
 
-def norms(pieces: Sequence[Piece], scale: float, count: int, ord: float) -> jax.Array:
-    """Returns the norms of the scopes 0, 1, ... times ``scale``, one vector."""
-    pieces = [p._replace(array=scaled(p.array, scale, ord == 2)) for p in pieces]
+def norms(
+    pieces: Sequence[Piece], scale: Scale, count: int, ord: float, operands: int
+) -> jax.Array:
+    """Returns the norms of the scopes 0, 1, ... times ``scale``, one vector.
+
+    Args:
+      pieces: of all scopes.
+      scale: a power of two, or a vector of one for each scope.
+      count: how many scopes there are.
+      ord: p of the norm.
+      operands: how many sums of rows may be joined.
+    """
+    if isinstance(scale, jax.Array):
+        pieces = [p._replace(array=p.array * _rows(scale, p)) for p in pieces]
+        scale = 1.0
+    totals = functools.partial(_totals, count=count, operands=operands)
     if ord == 1:
-        return _totals(pieces, count, _modulus, jnp.sum)
+        return totals(pieces, scale, ord, jnp.sum)
     if ord == 2:
-        return root(_totals(pieces, count, square, jnp.sum), 2)
-    largest = _totals(pieces, count, _modulus, jnp.max)
+        return root(totals(pieces, scale, ord, jnp.sum), 2)
+    largest = totals(pieces, scale, ord, jnp.max)
     if ord == jnp.inf:
         return largest
     unit = _unit(largest)
+    pieces = [p._replace(array=scaled(p.array, scale)) for p in pieces]
     shrunk = [p._replace(array=over(p.array, _rows(unit, p))) for p in pieces]
-    return unit * root(
-        _totals(shrunk, count, lambda x: _modulus(x) ** ord, jnp.sum), ord
-    )
+    return unit * root(totals(shrunk, 1.0, ord, jnp.sum), ord)
 
 
 def alike(leaves: Sequence[Reduction]) -> list[list[int]]:
@@ -140,12 +105,11 @@ def norms_along(
 
     Each is an array of the norms of leaves that are `alike`.
     """
-    leaves = [x._replace(array=scaled(x.array, scale, ord == 2)) for x in leaves]
     if ord == 1:
-        return _totals_along(leaves, _modulus, jnp.sum)
+        return _totals_along(leaves, scale, ord, jnp.sum)
     if ord == 2:
-        return [root(x, 2) for x in _totals_along(leaves, square, jnp.sum)]
-    largest = _totals_along(leaves, _modulus, jnp.max)
+        return [root(x, 2) for x in _totals_along(leaves, scale, ord, jnp.sum)]
+    largest = _totals_along(leaves, scale, ord, jnp.max)
     if ord == jnp.inf:
         return largest
     units = [_unit(x) for x in largest]
@@ -154,8 +118,9 @@ def norms_along(
         for x, some in zip(units, alike(leaves), strict=True)
         for row, i in enumerate(some)
     }
+    leaves = [x._replace(array=scaled(x.array, scale)) for x in leaves]
     shrunk = [x._replace(array=over(x.array, rows[i])) for i, x in enumerate(leaves)]
-    totals = _totals_along(shrunk, lambda x: _modulus(x) ** ord, jnp.sum)
+    totals = _totals_along(shrunk, 1.0, ord, jnp.sum)
     return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
 
 
@@ -200,42 +165,72 @@ def _rows(values: jax.Array, piece: Piece) -> jax.Array:
 
 def _totals(
     pieces: Sequence[Piece],
+    scale: float,
+    ord: float,
+    combine: Combine,
+    *,
     count: int,
-    element: Callable[[jax.Array], jax.Array],
-    combine: Callable[..., jax.Array],
+    operands: int,
 ) -> jax.Array:
-    """Combines a function of the elements by scope, over devices too."""
+    """Combines the powers of the elements by scope, over devices too."""
     if not pieces:
         return jnp.zeros(count)
-    by_axes: dict[Axes, list[Piece]] = {}
+    whole, by_row = [], []
     for piece in pieces:
-        reduced = combine(element(piece.array), axis=range(1, piece.array.ndim))
-        if piece.stack:
-            reduced = piece.stack.every(collectives.replicated(reduced))
-        by_axes.setdefault(piece.axes, []).append(piece._replace(array=reduced))
+        axes = (2,) if piece.by_rows else tuple(range(1, piece.array.ndim))
+        reduced = _combined(piece.array, scale, ord, combine, axes)
+        (by_row if piece.by_rows else whole).append(piece._replace(array=reduced))
+    # No sum is negative; of `abs` the compiler doesn't make one sum of the two again.
+    whole += [
+        row._replace(array=combine(jnp.abs(row.array), axis=1))
+        for row in layouts.joined(by_row, operands)
+    ]
+    by_axes: dict[Axes, list[Piece]] = {}
+    for part in whole:
+        if part.stack:
+            every = part.stack.every(collectives.replicated(part.array))
+            part = part._replace(array=every)
+        by_axes.setdefault(part.axes, []).append(part)
     totals = {axes: _total(some, count, combine) for axes, some in by_axes.items()}
     return collectives.all_devices(totals, _collective(combine))
 
 
 def _totals_along(
-    leaves: Sequence[Reduction],
-    element: Callable[[jax.Array], jax.Array],
-    combine: Callable[..., jax.Array],
+    leaves: Sequence[Reduction], scale: float, ord: float, combine: Combine
 ) -> list[jax.Array]:
-    """Combines a function of the elements by unit, over devices too."""
-    parts = [combine(element(x.array), x.dimensions, keepdims=True) for x in leaves]
+    """Combines the powers of the elements by unit, over devices too."""
+    parts = [
+        _combined(x.array, scale, ord, combine, tuple(x.dimensions), keepdims=True)
+        for x in leaves
+    ]
     axes = [x.axes for x in leaves]
     totals = collectives.each_over(parts, axes, _collective(combine))
     return [jnp.stack([totals[i] for i in some]) for some in alike(leaves)]
 
 
-def _collective(combine: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _combined(
+    x: jax.Array,
+    scale: float,
+    ord: float,
+    combine: Combine,
+    axes: tuple[int, ...],
+    keepdims: bool = False,
+) -> jax.Array:
+    """Combines the powers of ``x * scale``; traced once for all leaves of one shape."""
+    x = scaled(x, scale, square=ord == 2)
+    if ord == 2:
+        return combine(square(x), axes, keepdims=keepdims)
+    size = _modulus(x)
+    is_plain = ord == 1 or combine is jnp.max
+    return combine(size if is_plain else size**ord, axes, keepdims=keepdims)
+
+
+def _collective(combine: Combine) -> Combine:
     return jax.lax.psum if combine is jnp.sum else jax.lax.pmax
 
 
-def _total(
-    pieces: Sequence[Piece], count: int, combine: Callable[..., jax.Array]
-) -> jax.Array:
+def _total(pieces: Sequence[Piece], count: int, combine: Combine) -> jax.Array:
     """Combines pieces of one element for each scope; a scope without any gets 0."""
     flat = jnp.concatenate([piece.array for piece in pieces])
     scopes = [scope for piece in pieces for scope in piece.scopes]

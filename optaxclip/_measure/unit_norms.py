@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optaxclip._measure import (
+    forms,
+    layouts,
     names as _names,
     reduce,
-    scopes as _scopes,
     stacks as _stacks,
     units as _units,
 )
@@ -22,7 +24,7 @@ Axes = Axis | Mapping[str, Axis] | None
 
 def unit_norms(
     updates: Any, splits: _splits.Splits, *, ord: float = 2, axis: Axes = None
-) -> _scopes.Plain:
+) -> forms.Plain:
     _leaves.check_dense(updates, "a norm of units")
     leaves, paths = jax.tree.leaves(updates), _paths.paths(updates)
     stacks = _stacks.of(updates, splits)
@@ -37,21 +39,34 @@ def unit_norms(
     is_whole = [len(unit.dimensions) == unit.array.ndim for unit in units]
     whole = tuple(i for i, alone in enumerate(is_whole) if alone)
     rest = [i for i, alone in enumerate(is_whole) if not alone]
-    pieces = reduce.pieces(
-        [leaves[i] for i in whole],
-        [(place,) for place in range(len(whole))],
-        tuple(splits[i] for i in whole),
-        [None] * len(whole),
+    places = tuple(
+        tuple(rest[i] for i in some) for some in reduce.alike([units[i] for i in rest])
     )
-    parts = [units[i] for i in rest]
-    places = [tuple(rest[i] for i in some) for some in reduce.alike(parts)]
+    checked(ord)
 
-    def norms(scale: float) -> _units.Units:
-        arrays = reduce.norms_along(parts, scale, checked(ord))
-        if whole or not parts:
-            of_whole = reduce.norms(pieces, scale, len(whole), checked(ord))
-            return _units.Units([*arrays, of_whole], (*places, whole))
-        return _units.Units(arrays, tuple(places))
+    def norms(
+        updates: Any, scale: float | _units.Units, layout: layouts.Layout
+    ) -> _units.Units:
+        leaves, of_rest, of_whole = jax.tree.leaves(updates), 1.0, 1.0
+        if not isinstance(scale, _units.Units):
+            of_rest = of_whole = scale
+        elif whole or rest:
+            each = scale.of_leaves()
+            leaves = [x * each[i] if i in rest else x for i, x in enumerate(leaves)]
+            of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
+        parts = [units[i]._replace(array=leaves[i]) for i in rest]
+        arrays = reduce.norms_along(parts, of_rest, ord)
+        if not whole and parts:
+            return _units.Units(arrays, places)
+        pieces = layouts.pieces(
+            [leaves[i] for i in whole],
+            [(place,) for place in range(len(whole))],
+            tuple(splits[i] for i in whole),
+            [None] * len(whole),
+            layout,
+        )
+        last = reduce.norms(pieces, of_whole, len(whole), ord, layout.operands)
+        return _units.Units([*arrays, last], (*places, whole))
 
     def every_name() -> _names.Names:
         return [
@@ -61,10 +76,9 @@ def unit_norms(
         ]
 
     differ = [splits[i].axes - units[i].axes for i in rest]
-    return _scopes.Plain(
-        norms(1.0),
-        tuple((i,) for i in range(len(leaves))),
+    return forms.Plain(
         norms,
+        tuple((i,) for i in range(len(leaves))),
         frozenset[str]().union(*differ),
         every_name,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optaxclip._measure import stacks as _stacks
 from optaxclip._trees.leaves import Leaves
@@ -112,12 +113,15 @@ def _entries(array: jax.Array) -> list[jax.Array]:
     There an entry of the whole would make the kernel of each leaf a different one, each
     compiled for itself. Leaves at one place of their blocks share theirs.
     """
-    count = len(array)
-    if count < 2 or jax.default_backend() != "cpu":
-        return [array[i] for i in range(count)]
-    size = math.isqrt(count)
-    blocks = [_apart(array[i : i + size]) for i in range(0, count, size)]
-    return [block[i] for block in blocks for i in range(len(block))]
+    if len(array) < 2 or not isinstance(array, Tracer):
+        return list(array)
+    return jax.lax.platform_dependent(array, cpu=_by_blocks, default=list)
+
+
+def _by_blocks(array: jax.Array) -> list[jax.Array]:
+    size = math.isqrt(len(array))
+    blocks = [_apart(array[i : i + size]) for i in range(0, len(array), size)]
+    return [entry for block in blocks for entry in block]
 
 
 def _apart(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """The forms that a norm takes on other machines, run here.
 
-On accelerators every norm is measured at three scales in one pass; on a machine with
-one device small leaves are reduced together. Neither happens on the eight virtual CPUs
-of the other tests.
+On a TPU every norm is measured at three scales in one pass, on a GPU in float64; on a
+machine with one device small leaves are reduced together. None of it happens on the
+eight virtual CPUs of the other tests.
 """
 
 from typing import Any
@@ -30,14 +30,14 @@ NORMS = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Takes the branch of `platform_dependent` that is for all but CPUs."""
+@pytest.fixture(params=["cuda", "tpu"])
+def accelerator(request, monkeypatch):
+    """Takes the branch of `platform_dependent` that is for some accelerator."""
     chosen = []
 
     def platform_dependent(*args, default, **named):
-        chosen.append(default)
-        return default(*args)
+        chosen.append(named.get(request.param, default))
+        return chosen[-1](*args)
 
     jax.clear_caches()
     monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
@@ -116,16 +116,56 @@ def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_dev
     check(norm, truth, magnitude)
 
 
-@pytest.mark.parametrize("norm", [oc.global_norm, oc.norms.unit_norms])
-def test_small_leaves_of_one_device_share_a_kernel(norm, one_device):
-    grads = [jnp.ones(10)] * 50  # each of them is one unit
-    text = str(jax.make_jaxpr(norm)(grads))
-    assert text.count("reduce_sum") == 1 + 2 * 2  # plain; scaled, on CPU and elsewhere
+def steps(jaxpr):
+    for step in jaxpr.eqns:
+        yield step
+        for some in jax.tree.leaves(list(step.params.values())):
+            inner = getattr(some, "jaxpr", some)
+            yield from steps(inner) if hasattr(inner, "eqns") else ()
+
+
+def sums_by_platform(norm, updates):
+    """Returns how many sums there are on a CPU, a GPU and a TPU."""
+    program = jax.make_jaxpr(norm)(updates).jaxpr
+    choices = [x for x in steps(program) if x.params.get("branches_platforms")]
+    branches = choices[0].params["branches"]  # then come those for the entries
+    return [
+        sum(step.primitive.name == "reduce_sum" for step in steps(branch.jaxpr))
+        for branch in branches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("norm", "last"), [(oc.global_norm, 1), (oc.norms.unit_norms, 0)]
+)
+def test_small_leaves_of_one_device_share_a_kernel(norm, last, one_device):
+    found = sums_by_platform(norm, [jnp.ones(10)] * 50)  # each of them is one unit
+    assert found == [3, 1, 3 * (50 + last)]  # three scales; a TPU's compiler joins them
+
+
+def test_large_leaves_share_the_last_kernel_on_a_gpu(one_device):
+    found = sums_by_platform(oc.global_norm, [jnp.ones((512, 256))] * 50)
+    assert found == [3 * 51, 51, 3 * 51]
+
+
+def test_no_kernel_of_a_gpu_joins_more_leaves_than_it_can_hold(one_device):
+    found = sums_by_platform(oc.norms.leaf_norms, [jnp.ones(10)] * 130)
+    assert found == [3, 3, 3 * 130]
 
 
 def test_leaves_that_may_be_spread_keep_a_kernel_each():
-    text = str(jax.make_jaxpr(oc.global_norm)([jnp.ones(10)] * 50))
-    assert text.count("reduce_sum") >= 4 * 50
+    found = sums_by_platform(oc.global_norm, [jnp.ones(10)] * 50)
+    assert found == [3 * 51, 51, 3 * 51]
+
+
+@pytest.mark.parametrize("power", [1e-30, 1.0, 1e30])
+def test_derivatives_are_right_on_accelerators(power, accelerator):
+    x = jnp.array([3.0, -4.0, 0.0]) * power
+    gradient = jax.grad(oc.global_norm)(x)
+    np.testing.assert_allclose(gradient, [0.6, -0.8, 0], rtol=1e-6)
+    hessian = jax.hessian(oc.global_norm)(x / power)
+    right = np.array([[0.128, 0.096, 0], [0.096, 0.072, 0], [0, 0, 0.2]])
+    np.testing.assert_allclose(hessian, right, rtol=1e-5)
 
 
 def unit_tree(draw, size):

@@ -1,0 +1,122 @@
+"""How are leaves laid out for the kernels that reduce them? Joined, or by rows."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip._measure import stacks as _stacks
+from optaxclip._mesh import collectives, splits as _splits
+from optaxclip._mesh.collectives import Axes
+
+
+class Layout(NamedTuple):
+    """How a platform wants them.
+
+    Attributes:
+      small: leaves of fewer elements are joined.
+      operands: at most so many of them in one kernel.
+      width: other leaves are reduced by rows of at most so many elements first; 0 for
+        at once.
+    """
+
+    small: int = 0
+    operands: int = 1
+    width: int = 0
+
+
+AS_THEY_ARE = Layout()  # a TPU reduces small leaves together by itself
+ON_CPU = Layout(small=8192, operands=1_000_000)
+# Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
+# sum of a whole large leaf takes two kernels, its rows all together share the second.
+ON_GPU = Layout(small=65536, operands=64, width=8192)
+
+
+class Piece(NamedTuple):
+    """Elements of some scopes, ``array[i]`` those of the scope ``scopes[i]``.
+
+    Attributes:
+      array: its first axis goes over the scopes.
+      scopes: their numbers; of a stack of layers also those on other devices.
+      axes: the mesh axes over which the array differs from device to device.
+      stack: of which the rows are the layers.
+      by_rows: whether the last axis is to be reduced before the others.
+    """
+
+    array: jax.Array
+    scopes: tuple[int, ...]
+    axes: Axes
+    stack: _stacks.Stack | None = None
+    by_rows: bool = False
+
+
+def pieces(
+    leaves: Sequence[jax.Array],
+    scopes: Sequence[tuple[int, ...]],
+    splits: _splits.Splits,
+    stacks: _stacks.Stacks,
+    layout: Layout,
+) -> list[Piece]:
+    """Sorts leaves by scope, small ones joined: one kernel reduces all of one size.
+
+    Reshapes only what is surely on one device, for anything else would be gathered. A
+    stack of layers has a scope for each.
+    """
+    found, small = [], []
+    for leaf, some, split, stack in zip(leaves, scopes, splits, stacks, strict=True):
+        if stack:
+            array = jnp.moveaxis(leaf, stack.axis, 0)
+            found.append(Piece(array, some, split.axes, stack))
+            continue
+        is_local = collectives.is_local(leaf)
+        width = _width(leaf.size, layout.width) if is_local else 0
+        if is_local and leaf.size < layout.small:
+            row = lax.reshape(leaf, (1, leaf.size))
+            small.append(Piece(row, some, split.axes))
+        elif width:
+            rows = lax.reshape(leaf, (1, leaf.size // width, width))
+            found.append(Piece(rows, some, split.axes, by_rows=True))
+        else:
+            found.append(Piece(lax.expand_dims(leaf, [0]), some, split.axes))
+    return found + joined(small, layout.operands)
+
+
+def joined(parts: Iterable[Piece], operands: int) -> list[Piece]:
+    """Joins vectors of one scope, and those that are then of one size to matrices.
+
+    Args:
+      parts: each a matrix with one row.
+      operands: how many may go into one piece.
+    """
+    of_scope: dict[tuple[int, Axes, jnp.dtype], list[jax.Array]] = {}
+    for part in parts:
+        (scope,) = part.scopes
+        key = scope, part.axes, part.array.dtype
+        of_scope.setdefault(key, []).append(part.array)
+    rows: dict[tuple[int, Axes, jnp.dtype, int], list[tuple[int, jax.Array]]] = {}
+    for (scope, axes, dtype), every in of_scope.items():
+        for some in _batches(every, operands):
+            row = lax.concatenate(some, dimension=1)
+            key = row.size, axes, dtype, len(some)
+            rows.setdefault(key, []).append((scope, row))
+    return [
+        Piece(
+            lax.concatenate([row for _, row in some], dimension=0),
+            tuple(scope for scope, _ in some),
+            axes,
+        )
+        for (_, axes, _, count), every in rows.items()
+        for some in _batches(every, max(1, operands // count))
+    ]
+
+
+def _batches(every: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [every[i : i + size] for i in range(0, len(every), size)]
+
+
+def _width(size: int, largest: int) -> int:
+    """Returns how long equal rows of a leaf can be; 0 if they would be too short."""
+    fits = (n for n in range(min(largest, size), largest // 128, -1) if size % n == 0)
+    return next(fits, 0)

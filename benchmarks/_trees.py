@@ -1,4 +1,4 @@
-"""Of which trees do the benchmarks take steps? Four, from small to large."""
+"""Of which trees do the benchmarks take steps? Five, from small to large."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,11 +46,21 @@ def gpt2() -> Shapes:
     return {**embeddings, **{f"block_{i:02}": block for i in range(12)}, "ln_f": norm}
 
 
+def mixed() -> Shapes:
+    """Leaves of all kinds: small, large, square, long, thin, empty of axes."""
+    vectors = {"a": (), "b": (64,), "c": (16_384,), "d": (70_000,)}
+    matrices = {"a": (33, 1), "b": (128, 128), "c": (512, 512), "d": (2048, 2048)}
+    uneven = {"a": (1000, 300), "b": (4096, 8)}
+    deep = {"a": (2, 2, 2), "b": (50, 16, 7), "c": (3, 3, 64, 128), "d": (128,)}
+    return {"vectors": vectors, "matrices": matrices, "uneven": uneven, "deep": deep}
+
+
 TREES: dict[str, Callable[[], Shapes]] = {
     "lstm": lstm,
     "layers": layers,
     "leaves": leaves,
     "gpt2": gpt2,
+    "mixed": mixed,
 }
 
 

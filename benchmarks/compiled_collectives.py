@@ -24,6 +24,7 @@ Rows of ours that break this say so, and then the exit status is 1.
 """
 
 import functools
+import math
 import re
 import sys
 import time
@@ -48,7 +49,8 @@ Tree = Any
 Row = dict[str, Any]
 
 SETTINGS = ("target", "leaves", "form", "clip", "contender")
-FORM = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>6}{:>8}{:>10}"
+FORM = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>7}{:>10}"
+COSTS = ("est. us", "kcycles", "kernels", "traffic", "temp")
 JIT, SHARD_MAP = "jit", "shard_map"
 LAYERS = 12
 RESCUES = 2  # on CPU: of norms too large, of norms too small
@@ -81,6 +83,17 @@ def partition(params: Tree) -> Tree:
         return P() if "ln_" in name else P(*axes[-leaf.ndim :])
 
     return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def on_each(target: Target, params: Tree) -> int:
+    """Returns the bytes of the gradients on each device."""
+    sizes = dict(zip(("fsdp", "tensor"), target.mesh, strict=True))
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: P) -> int:
+        parts = math.prod(sizes[axis] for axis in spec)
+        return leaf.size * leaf.dtype.itemsize // parts
+
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, params, partition(params))))
 
 
 def allowed(form: str, clip: str, params: Tree) -> int:
@@ -179,7 +192,7 @@ def report(name: str, layers: int) -> list[Row]:
     machine = f"{common['fsdp']} x {common['tensor']} {target.device}"
     print(f"\n{name}: {common['leaves']} leaves on {machine}, by {common['compiler']}")
     columns = ("form", "clip", "contender", "all-reduce", "others", "branches", "bytes")
-    _targets.show(FORM, *columns, "est. us", "kcycles", "MB", "kernels", "compile s")
+    _targets.show(FORM, *columns, *COSTS, "compile s")
     rows = []
     for form, clip, contender, transformation in cases(params):
         start = time.perf_counter()
@@ -189,7 +202,7 @@ def report(name: str, layers: int) -> list[Row]:
         row = common | {"form": form, "clip": clip, "contender": contender}
         row["compile_s"] = round(time.perf_counter() - start, 2)
         row["all_reduces_allowed"] = allowed(form, clip, params)
-        row |= _compiled.cost(target, compiled)
+        row |= _results.rounded(_compiled.cost(compiled, on_each(target, params)))
         row["breaks"] = breaks(row)
         show_row(row)
         rows.append(row)
@@ -200,8 +213,8 @@ def show_row(row: Row) -> None:
     others = sum(row[kind] for kind in _compiled.OTHERS)
     counts = row["all_reduce"], others, row["in_branches"], row["collective_bytes"]
     cycles = row["cycles"] and round(row["cycles"] / 1e3)
-    accessed = row["bytes_accessed"] and round(row["bytes_accessed"] / 1e6)
-    costs = row["estimate_us"], cycles, accessed, row["kernels"], row["compile_s"]
+    passes = (f"{row[key]:.2f}" for key in ("traffic", "temporary"))
+    costs = row["estimate_us"], cycles, row["kernels"], *passes, row["compile_s"]
     names = row["form"], row["clip"], row["contender"]
     _targets.show(FORM, *names, *counts, *costs)
     for fault in row["breaks"]:

@@ -14,8 +14,9 @@ this once per environment, the rows add up.
     norm takes one for each large leaf more, and few for all the small ones.
   * traffic: bytes that kernels read and write, over those of the gradients. Without a
     clip it is 5: gradients, momentum and params are read, the latter two written. A
-    norm has to see all gradients before the first is scaled: 6 is the floor, and 7 for
-    those that look at the params as well. A TPU keeps small trees on the chip: 5.
+    norm has to see all gradients before the first is scaled, so the floor is 6, and 7
+    if it looks at the params as well; that of each clip is printed beside it. A TPU can
+    be below: it keeps small trees on the chip.
   * temp: memory for what is neither argument nor result, likewise. 0 is the floor.
   * branches: on a GPU each of them is a wait for the host.
   * est. us and kcycles: how long a TPU would take.
@@ -37,15 +38,16 @@ import _results
 import _steps
 import _targets
 import _trees
+from _steps import OURS
 
 Row = dict[str, Any]
 
 SETTINGS = ("target", "tree", "dtype", "clip", "contender")
 TARGETS = ("tpu-8", "h200-8", "cpu-8")
 DTYPES = ("float32", "bfloat16")
-COLUMNS = ("tree", "dtype", "clip", "contender", "kernels", "traffic", "temp")
+COLUMNS = ("tree", "dtype", "clip", "contender", "kernels", "traffic", "floor", "temp")
 COLUMNS += ("branches", "est. us", "kcycles", "compile s")
-FORM = "{:8}{:10}{:23}{:11}{:>7}{:>9}{:>7}{:>9}{:>9}{:>9}{:>11}"
+FORM = "{:8}{:10}{:23}{:11}{:>7}{:>9}{:>7}{:>7}{:>9}{:>9}{:>9}{:>11}"
 
 
 @functools.cache
@@ -77,19 +79,21 @@ def report(name: str, tree: str, dtype: str, clip: str) -> list[Row]:
     """Prints a line for each contender, and returns them as rows."""
     common = _targets.describe("compiled", name) | _trees.describe(tree)
     rows = []
-    for contender, optimizer in _clips.cases()[clip].contenders().items():
+    case = _clips.cases()[clip]
+    for contender, optimizer in case.contenders().items():
         row = figures(name, tree, dtype, optimizer)
         _targets.show(
             *(FORM, tree, dtype, clip, contender, row["kernels"]),
             f"{row['traffic']:.2f}",
+            case.passes if contender == OURS else None,
             f"{row['temporary']:.2f}",
             row["conditionals"],
             row["estimate_us"],
             row["cycles"] and round(row["cycles"] / 1e3),
             row["compile_s"],
         )
-        settings = {"dtype": dtype, "clip": clip, "contender": contender}
-        rows.append(common | settings | row)
+        own = {"dtype": dtype, "clip": clip, "contender": contender}
+        rows.append(common | own | {"floor_traffic": case.passes} | row)
     return rows
 
 

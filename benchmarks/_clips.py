@@ -92,7 +92,7 @@ def _by_params() -> dict[str, Case]:
         "trust_ratio": (optaxclip.clip_by_trust_ratio(), optax.scale_by_trust_ratio()),
         "clippy": (optaxclip.clippy(), None),
     }
-    return {name: with_clip(*pair, PASSES + 2) for name, pair in clips.items()}
+    return {name: with_clip(*pair, passes=PASSES + 2) for name, pair in clips.items()}
 
 
 def _by_history() -> dict[str, Case]:
@@ -132,7 +132,7 @@ def _around() -> dict[str, Case]:
     """Guards, what is done to gradients before a clip, and records."""
     by_value = optaxclip.zero_nonfinite(), optax.zero_nans()
     return {
-        "zero_nonfinite": with_clip(*by_value, PASSES),
+        "zero_nonfinite": with_clip(*by_value, passes=PASSES),
         "unscale": with_clip(optaxclip.unscale(1024.0), passes=PASSES),
         "skip_if_nonfinite": with_guard("skip_if_nonfinite"),
         "skip_if_spike": with_guard("skip_if_spike"),

@@ -49,6 +49,7 @@ def cost(compiled: jax.stages.Compiled, gradients: int) -> Figures:
     not_own = ("done", *COLLECTIVES)
     return {
         "kernels": sum(times for one, times in lines if one.kind not in not_own),
+        "bytes_moved": moved,
         "traffic": moved / gradients,
         "temporary": memory.temp_size_in_bytes / gradients,
         "conditionals": sum(map(len, _of_kind(program, ("conditional",)))),

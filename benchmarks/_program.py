@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-CONTROL = {"call", "conditional", "while"}
+CONTROL = {"call", "while"}
 # What takes no kernel on a GPU.
 NO_KERNELS = {"parameter", "constant", "tuple", "get_tuple_element", "bitcast"}
 NO_KERNELS |= {"partition_id", "after_all", *CONTROL}
@@ -135,14 +135,14 @@ def in_branches(program: Program) -> set[str]:
 def runs(program: Program, where: str) -> Iterator[tuple[str, str, int]]:
     """Yields computation, name and times of each instruction that a step runs.
 
-    Of branches the longest one counts, and a loop as often as it goes round, once if
-    the compiler doesn't know how often.
+    What is in branches is left out: they are hardly ever taken. A loop counts as often
+    as it goes round, once if the compiler doesn't know how often.
     """
     for name, one in program.parts[where].lines.items():
         if one.kind in CONTROL:
-            inner = [list(runs(program, part)) for part in one.calls]
-            for part, own, times in max(inner, key=len, default=[]):
-                yield part, own, times * one.rounds
+            for called in one.calls:
+                for part, own, times in runs(program, called):
+                    yield part, own, times * one.rounds
         elif one.kind not in NO_KERNELS:
             yield where, name, 1
 
@@ -155,6 +155,8 @@ def traffic(program: Program, where: str, name: str) -> int:
     """
     part = program.parts[where]
     one = part.lines[name]
+    if one.kind == "conditional":  # its operands are those of its branches
+        return 0
     moved = min(size_of(one.shape, False), _written(program, where, name))
     if one.kind == "done":  # its operands are those of the first half
         return moved

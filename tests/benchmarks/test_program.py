@@ -144,12 +144,13 @@ def test_a_loop_runs_as_often_as_it_goes_round():
     assert moved(line) == 5 * 4 * ALL
 
 
-def test_of_branches_the_longest_one_runs():
+def test_what_is_in_a_branch_is_left_out():
     line = (
         "ROOT %y = f32[8,100]{1,0} conditional(%i, %x, %x),"
         " branch_computations={%nothing, %summed}"
     )
-    assert kinds(line) == [("all_reduce", 1), ("negate", 1)]
+    assert kinds(line) == [("conditional", 1)]
+    assert moved(line) == 0
     assert _program.in_branches(program(line)) == {"nothing", "summed", "add"}
 
 

@@ -71,7 +71,7 @@ class Target(NamedTuple):
 V5E, LIBTPU = ("TPU v5e", "tpu"), ("libtpu", "'jax[tpu]=={jax}'")
 CUDA = (
     "jax-cuda13-pjrt",
-    "--no-deps jax-cuda13-plugin=={jax} jax-cuda13-pjrt=={jax}",
+    "--no-deps jax-cuda13-pjrt=={jax}",
 )
 TARGETS = {
     "tpu-8": Target(*V5E, (4, 2), lambda: tpu("v5e:2x4"), *LIBTPU),
@@ -121,6 +121,7 @@ def set_up(devices: int) -> None:
     # A cache on disk would make the second compilation look free.
     jax.config.update("jax_enable_compilation_cache", False)
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or the compiler looks for a TPU
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several may compile at a time
 
 
 def compile_for(

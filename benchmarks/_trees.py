@@ -1,4 +1,4 @@
-"""Of which trees do the benchmarks take steps? Five, from small to large."""
+"""Of which trees do the benchmarks take steps? Six, from small to large."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,17 @@ Tree = Any
 Shapes = dict[str, Any]
 
 
-def lstm() -> Shapes:
+def lstm(inputs: int = 32, units: int = 64) -> Shapes:
     """A small LSTM: one cell of 64 units on 32 inputs, and three dense layers."""
-    gates = {f"i{g}": {"kernel": (32, 64)} for g in "ifgo"}
-    gates |= {f"h{g}": {"kernel": (64, 64), "bias": (64,)} for g in "ifgo"}
-    dense = {f"dense_{i}": {"kernel": (64, 64), "bias": (64,)} for i in range(3)}
-    return {"lstm": gates, **dense}
+    square = {"kernel": (units, units), "bias": (units,)}
+    gates: Shapes = {f"i{g}": {"kernel": (inputs, units)} for g in "ifgo"}
+    gates |= {f"h{g}": square for g in "ifgo"}
+    return {"lstm": gates, **{f"dense_{i}": square for i in range(3)}}
+
+
+def lstm128() -> Shapes:
+    """The same of 128 units on 128 inputs: nearly all leaves have 16 384 elements."""
+    return lstm(128, 128)
 
 
 def layers() -> Shapes:
@@ -57,6 +62,7 @@ def mixed() -> Shapes:
 
 TREES: dict[str, Callable[[], Shapes]] = {
     "lstm": lstm,
+    "lstm128": lstm128,
     "layers": layers,
     "leaves": leaves,
     "gpt2": gpt2,

@@ -46,6 +46,8 @@ COUNTS = {
     ("lstm", "bfloat16", "u_clip"): (26, 12.06, 0.1),
     ("lstm", "bfloat16", "skip_if_nonfinite"): (40, 9.69, 0.26),
     ("lstm", "bfloat16", "record"): (40, 7.11, 0.12),
+    ("lstm128", "float32", "global_norm"): (56, 9.98, 0.2),
+    ("lstm128", "float32", "adaptive"): (76, 15.15, 0.24),
     ("mixed", "float32", "global_norm"): (49, 6.03, 0.01),
     ("mixed", "float32", "value"): (45, 6.02, 0.0),
     ("mixed", "float32", "leaf_norm"): (51, 6.03, 0.01),

@@ -129,6 +129,16 @@ def summarize(times: Times, baseline: str) -> dict[str, Summary]:
     }
 
 
+def quartiles(times: Times, baseline: str) -> dict[str, tuple[float, float, float]]:
+    """Returns the quartiles of the ratios to the baseline by round, 25 % first."""
+    base = np.asarray(times[baseline])
+    found = {
+        name: np.percentile(seconds / base, [25, 50, 75]).tolist()
+        for name, seconds in times.items()
+    }
+    return {name: tuple(parts) for name, parts in found.items()}
+
+
 def figures(run: Summary, compiling: Summary) -> dict[str, float]:
     """Returns what is told of a contender."""
     return {

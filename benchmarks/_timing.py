@@ -81,9 +81,18 @@ def compile_apart(
     return compiled, times
 
 
-def assert_equal_answers(answers: Mapping[str, Tree], rtol: float) -> None:
-    """Raises unless all answers agree, relative to the largest element of each leaf."""
+def assert_equal_answers(answers: Mapping[str, Tree], rtol: float) -> float:
+    """Raises unless all answers agree, relative to the largest element of each leaf.
+
+    Args:
+      answers: by name; the others are compared with the first.
+      rtol: largest difference allowed.
+
+    Returns:
+      The largest difference.
+    """
     (first, expected), *others = answers.items()
+    largest = 0.0
     for name, answer in others:
         leaves = jax.tree.leaves_with_path(expected)
         for (path, want), got in zip(leaves, jax.tree.leaves(answer), strict=True):
@@ -93,14 +102,20 @@ def assert_equal_answers(answers: Mapping[str, Tree], rtol: float) -> None:
                     f"{name} and {first} differ by {error:.1e} at"
                     f" {jax.tree_util.keystr(path)}, expected at most {rtol:.0e}."
                 )
+            largest = max(largest, error)
+    return largest
 
 
-def interleave(contenders: Mapping[str, Callable[[int], None]], rounds: int) -> Times:
+def interleave(
+    contenders: Mapping[str, Callable[[int], None]], rounds: int, rest: float = 0.0
+) -> Times:
     """Times every contender once per round, starting with another one each time.
 
     Args:
       contenders: by name, a function that does its work so many times and waits.
       rounds: how often each is timed.
+      rest: seconds before each. The threads of a library wait for more work a while,
+        and would slow down another library that comes next.
 
     Returns:
       Seconds per call, one entry per round.
@@ -112,6 +127,7 @@ def interleave(contenders: Mapping[str, Callable[[int], None]], rounds: int) -> 
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(rest)
             times[name].append(_seconds(contenders[name], calls) / calls)
     return times
 

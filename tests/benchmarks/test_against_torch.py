@@ -1,0 +1,43 @@
+"""Both libraries are held to a clip in float64, and ours runs without the other."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def against(script):
+    return script("against_torch")
+
+
+GRADS = {"a": np.float32([0.3, -0.004]), "b": np.float32([[0.4]])}  # of norm 0.5
+
+
+def test_the_clip_in_float64_is_the_one_by_hand(against):
+    norm = against.in_float64("global_norm", GRADS)
+    np.testing.assert_allclose(norm["b"], [[0.08]], rtol=1e-4)  # 0.4 x 0.1 / 0.5
+    value = against.in_float64("value", GRADS)
+    np.testing.assert_allclose(value["a"], [0.01, -0.004], rtol=1e-7)
+    np.testing.assert_array_equal(against.in_float64("none", GRADS)["a"], GRADS["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("global_norm", "clip alone"), ("global_norm", "step"), ("value", "clip alone")],
+)
+def test_ours_clips_once_before_it_is_timed(against, name, work):
+    grads = jax.tree.map(jax.numpy.asarray, GRADS)
+    run, clipped = against.ours(name, work, grads, grads)
+    run(2)
+    exact = against.in_float64(name, GRADS)
+    for leaf, want in zip(clipped.values(), exact.values(), strict=True):
+        np.testing.assert_allclose(leaf, want, rtol=1e-6)
+
+
+def test_without_torch_it_says_how_to_get_it(against, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert against.find_torch() is None
+    assert "no row kept" in (printed := capsys.readouterr().out)
+    assert f"pip install torch=={against.VERSION}" in printed

@@ -1,4 +1,4 @@
-"""The textbooks' regression on unscaled targets: data, network, and training."""
+"""The textbooks' regression on unscaled targets: network and training."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _regression_data import FEATURES, TRAIN_ROWS, Data
 from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
-from sklearn.datasets import make_regression
 
 import optaxclip
 
-TRAIN_ROWS = 500  # and as many for testing
-FEATURES = 20
 BATCH_SIZE = 32
 BATCHES = math.ceil(TRAIN_ROWS / BATCH_SIZE)  # steps per epoch; the last is smaller
 LEARNING_RATE = 0.01
@@ -37,13 +35,6 @@ class Setting(NamedTuple):
     target_std: float = 1.0
 
 
-class Data(NamedTuple):
-    """The rows for training, then as many for testing."""
-
-    x: np.ndarray  # [1000, 20]
-    y: np.ndarray  # [1000], the targets
-
-
 class History(NamedTuple):
     """What was recorded, in the units of the targets: arrays `[settings, seeds, n]`."""
 
@@ -55,12 +46,6 @@ class History(NamedTuple):
     step_norm: np.ndarray  # of learning rate x gradient, before the clip by its norm
     max_step: np.ndarray  # what that clip allowed
     largest: np.ndarray  # absolute value of an element at each step, before the clip
-
-
-def regression_data() -> Data:
-    """Makes the textbooks' data set."""
-    x, y = make_regression(2 * TRAIN_ROWS, FEATURES, noise=0.1, random_state=1)[:2]
-    return Data(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
 class Network(nn.Module):

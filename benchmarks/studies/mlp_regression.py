@@ -43,16 +43,8 @@ import _figures
 import _study
 import numpy as np
 from _figures import GUESS, LIMIT, STYLES
-from _regression import (
-    BATCHES,
-    CONVERGED,
-    TRAIN_ROWS,
-    Data,
-    History,
-    Setting,
-    regression_data,
-    train,
-)
+from _regression import BATCHES, CONVERGED, History, Setting, train
+from _regression_data import TRAIN_ROWS, Data, regression_data
 from matplotlib.figure import Figure
 
 import optaxclip

@@ -29,7 +29,8 @@ import _figures
 import _study
 import numpy as np
 from _figures import LIMIT, STYLES
-from _regression import CONVERGED, Setting, regression_data, train
+from _regression import CONVERGED, Setting, train
+from _regression_data import regression_data
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 

@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
     Attributes:
       question: of the rows.
-      index: fields that begin a line, with their titles.
+      head: fields that begin a line, with their titles.
       figures: fields that are shown, with their titles.
       pivot: field of which each value has figures of its own, side by side.
       only: values that a row must have to be shown, by field.
@@ -39,7 +39,7 @@ class Table(NamedTuple):
     """
 
     question: str
-    index: Mapping[str, str]
+    head: Mapping[str, str]
     figures: Mapping[str, str]
     pivot: str = ""
     only: Mapping[str, Any] = {}
@@ -183,7 +183,7 @@ def newest(table: Table, rows: Iterable[Row]) -> list[Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         if all(row[name] == value for name, value in table.only.items()):
-            found[*(row[name] for name in table.index), row.get(table.pivot)] = row
+            found[*(row[name] for name in table.head), row.get(table.pivot)] = row
     return list(found.values())
 
 
@@ -203,13 +203,13 @@ def describe(rows: Sequence[Row]) -> str:
 
 def cells(table: Table, rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     """Returns the titles of a table, and its lines."""
-    rows = sorted(rows, key=lambda row: [_order(row, name) for name in table.index])
-    index = dict(table.index)
+    rows = sorted(rows, key=lambda row: [_order(row, name) for name in table.head])
+    head = dict(table.head)
     if len({row["jax"] for row in rows}) > 1:
-        index["jax"] = "jax"
+        head["jax"] = "jax"
     lines: dict[tuple[Any, ...], dict[tuple[str, str], Any]] = {}
     for row in rows:
-        line = lines.setdefault(tuple(row[name] for name in index), {})
+        line = lines.setdefault(tuple(row[name] for name in head), {})
         for name in table.figures:
             line[row.get(table.pivot, ""), name] = row.get(name)
     across = sorted({row.get(table.pivot, "") for row in rows})
@@ -225,7 +225,7 @@ def cells(table: Table, rows: Iterable[Row]) -> tuple[list[str], list[list[str]]
         [*map(short, own), *(short(line.get(key)) for key in keys)]
         for own, line in lines.items()
     ]
-    return [*index.values(), *titles], body
+    return [*head.values(), *titles], body
 
 
 def _order(row: Row, name: str) -> Any:

@@ -148,10 +148,11 @@ def equally_distributed(*samples: np.ndarray) -> float:
 
     What is not finite counts as larger than all else.
     """
-    ranked = [np.nan_to_num(sample, nan=np.inf) for sample in samples]
-    if len(ranked) == 1:
+    if len(samples) == 1:
         return 1.0
-    return float(scipy.stats.ks_2samp(*ranked).pvalue)
+    first, second = (np.nan_to_num(sample, nan=np.inf) for sample in samples)
+    found: Any = scipy.stats.ks_2samp(first, second)
+    return float(found.pvalue)
 
 
 def find_ways() -> dict[str, str]:

@@ -87,15 +87,17 @@ def ours(name: str, work: str, params: Tree, grads: Tree) -> tuple[Runner, Tree]
     clip = CASES[name].ours
     if work == ALONE:
         step = jax.jit(lambda *carry: clip.update(*carry[:2]), donate_argnums=(0, 1))
-        carry = step(jax.tree.map(jnp.copy, grads), clip.init(params), grads)
-        clipped = carry[0]
+        carry = jax.tree.map(jnp.copy, grads), clip.init(params)
     else:
         optimizer = optax.chain(clip, optax.sgd(RATE, MOMENTUM))
         step = _steps.jit_step(optimizer)
-        carry = step(jax.tree.map(jnp.copy, params), optimizer.init(params), grads)
-        clipped = optax.tree.get(carry[1], "trace")  # after a first step
+        carry = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    compiled = step.lower(*carry, grads).compile()
+    carry = compiled(*carry, grads)
+    # After its first step the momentum is what came out of the clip.
+    clipped = carry[0] if work == ALONE else optax.tree.get(carry[1], "trace")
     clipped = jax.tree.map(np.array, clipped)
-    return _steps.make_runner(step, carry, grads), clipped
+    return _steps.make_runner(compiled, carry, grads), clipped
 
 
 def theirs(

@@ -79,12 +79,14 @@ def make_optimizers(name: str) -> dict[str, optax.GradientTransformation]:
         GUARD: ours,
         RECORD: ours,
     }
-    found = {x: optax.chain(clip, OPTIMIZERS[name][0]) for x, clip in clips.items()}
-    wrapped = {
-        GUARD: optaxclip.skip_if_nonfinite(found[GUARD]),
-        RECORD: optaxclip.record(found[RECORD]),
+    wraps: dict[str, _steps.Guard] = {
+        GUARD: optaxclip.skip_if_nonfinite,
+        RECORD: optaxclip.record,
     }
-    return found | wrapped
+    return {
+        x: wraps.get(x, lambda inner: inner)(optax.chain(clip, OPTIMIZERS[name][0]))
+        for x, clip in clips.items()
+    }
 
 
 def make_step(model: Model, optimizer: optax.GradientTransformation) -> Any:

@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-Errors = list[list[list[float]]]  # [clips][seeds], of train and test
-Train = Callable[[Sequence[str], int, int], tuple[list[float], Errors]]
+Errors = Sequence[Sequence[Sequence[float]]]  # [clips][seeds], of train and test
+Trained = tuple[list[float], Errors]  # with the seconds of each training
+Train = Callable[[Sequence[str], int, int], Trained]  # of clips, seeds, epochs
 
 
 class Clip(NamedTuple):
@@ -46,7 +47,7 @@ CLIPS = {
 def one_by_one(way: str, module: Any) -> Train:
     """Returns what trains clip after clip and seed after seed, and times each."""
 
-    def train(names, seeds, epochs):
+    def train(names: Sequence[str], seeds: int, epochs: int) -> Trained:
         seconds, errors = [], []
         for name, seed in itertools.product(names, range(seeds)):
             start = time.perf_counter()
@@ -61,7 +62,7 @@ def one_by_one(way: str, module: Any) -> Train:
 def together(module: Any, data: Any) -> Train:
     """Returns what trains all clips and seeds in one program, and times that."""
 
-    def train(names, seeds, epochs):
+    def train(names: Sequence[str], seeds: int, epochs: int) -> Trained:
         start = time.perf_counter()
         settings = [module.Setting(**CLIPS[name].together) for name in names]
         found = module.train(settings, seeds, epochs, data.regression_data())

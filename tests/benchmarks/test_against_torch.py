@@ -12,7 +12,10 @@ def against(script):
     return script("against_torch")
 
 
-GRADS = {"a": np.float32([0.3, -0.004]), "b": np.float32([[0.4]])}  # of norm 0.5
+GRADS = {  # of norm 0.5
+    "a": np.array([0.3, -0.004], np.float32),
+    "b": np.array([[0.4]], np.float32),
+}
 
 
 def test_the_clip_in_float64_is_the_one_by_hand(against):

@@ -86,7 +86,7 @@ def test_rows_of_other_work_are_not_shown():
 def test_each_device_has_a_part_with_versions_days_and_floor(render):
     gpu = {"device": "NVIDIA H200", "platform": "gpu"}
     render(make_row(), folder="cpu")
-    days = [make_row(date=f"2026-01-0{i} 00:00", **gpu) for i in (2, 3)]
+    days = [make_row(date=f"2026-01-0{i} 00:00") | gpu for i in (2, 3)]
     text = render(days[0], days[1] | {"tree": "gpt2"}, folder="gpu")
     assert "**AMD EPYC, 2 cores**: jax 0.12.0, optaxclip 0.1.0; 2026-01-01.\n" in text
     assert "**NVIDIA H200**: jax 0.12.0, optaxclip 0.1.0; 2026-01-02 to" in text

@@ -9,7 +9,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,15 +120,27 @@ def interleave(
     Returns:
       Seconds per call, one entry per round.
     """
+    return interleave_on(contenders, rounds, [time.perf_counter], rest)[0]
+
+
+def interleave_on(
+    contenders: Mapping[str, Callable[[int], None]],
+    rounds: int,
+    clocks: Sequence[Callable[[], float]],
+    rest: float = 0.0,
+) -> list[Times]:
+    """Does what `interleave` does, on several clocks at once; returns those of each."""
     names = list(contenders)
-    once = max(_seconds(contenders[name], 1) for name in names)
+    once = max(_seconds(contenders[name], 1, [time.perf_counter])[0] for name in names)
     calls = math.ceil(SHORTEST_SAMPLE / once)
-    times: Times = {name: [] for name in names}
+    times: list[Times] = [{name: [] for name in names} for _ in clocks]
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             time.sleep(rest)
-            times[name].append(_seconds(contenders[name], calls) / calls)
+            seconds = _seconds(contenders[name], calls, clocks)
+            for own, passed in zip(times, seconds, strict=True):
+                own[name].append(passed / calls)
     return times
 
 
@@ -166,7 +178,9 @@ def figures(run: Summary, compiling: Summary) -> dict[str, float]:
     }
 
 
-def _seconds(work: Callable[[int], None], calls: int) -> float:
-    start = time.perf_counter()
+def _seconds(
+    work: Callable[[int], None], calls: int, clocks: Sequence[Callable[[], float]]
+) -> list[float]:
+    starts = [clock() for clock in clocks]
     work(calls)
-    return time.perf_counter() - start
+    return [clock() - start for clock, start in zip(clocks, starts, strict=True)]

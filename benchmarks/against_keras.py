@@ -49,6 +49,7 @@ SETTINGS = ("work", "clip", "contender")
 SCRIPT = pathlib.Path(__file__).parent / "studies" / "_regression_runs.py"
 OURS, KERAS = "optaxclip", "keras"
 ONE, ALL, MSE = "one run", "all runs", "last MSE"
+WAYS = {ONE: {OURS: "alone", KERAS: "keras"}, ALL: {OURS: "together", KERAS: "keras"}}
 CLIP = "global norm 1"  # of the one run
 CLIPS = ("no clip", CLIP, "norm 1 per leaf", "values within 5", "values within 0.5")
 LEAST = 1e-4  # probability below which the answers are not equal
@@ -72,13 +73,13 @@ def _seconds_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def one_run(ways: dict[str, str], rounds: int, epochs: int) -> list[Row]:
+def one_run(names: list[str], rounds: int, epochs: int) -> list[Row]:
     """Returns medians of the parts of one run, and of the ratios to Keras by round."""
     options = ("--clips", CLIP, "--epochs", epochs)
-    runs: dict[str, list[Row]] = {name: [] for name in ways}
+    runs: dict[str, list[Row]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name, way in ways.items():
-            run = start(way, *options)
+        for name in names:
+            run = start(WAYS[ONE][name], *options)
             runs[name].append(run | {"train_s": run["train_s"][0]})
     rows = []
     for name, own in runs.items():
@@ -95,22 +96,23 @@ def one_run(ways: dict[str, str], rounds: int, epochs: int) -> list[Row]:
     return rows
 
 
-def all_runs(ways: dict[str, str], seeds: dict[str, int], epochs: int) -> list[Row]:
+def all_runs(names: list[str], seeds: dict[str, int], epochs: int) -> list[Row]:
     """Returns the time of all runs, and what comes of them."""
     count, rows, errors = len(CLIPS) * seeds[OURS], [], {}
-    for name, way in ways.items():
+    for name in names:
         options = ("--clips", *CLIPS, "--seeds", seeds[name], "--epochs", epochs)
-        run = start(way, *options)
-        if name == OURS:
-            (seconds,) = run["train_s"]
-        else:
-            seconds = count * statistics.median(run["train_s"])
+        run = start(WAYS[ALL][name], *options)
         errors[name] = np.array(run["mse"])
+        trainings = 1 if name == OURS else count
         row = {"work": ALL, "clip": "all", "contender": name, "runs": count}
-        rows.append(row | {"timed": errors[name][..., 0].size, "train_s": seconds})
+        row |= {"timed": errors[name][..., 0].size}
+        for key in ("train_s", "train_cpu_s"):
+            row[key] = trainings * statistics.median(run[key])
+        rows.append(row)
     for row in rows:
-        if KERAS in ways:
+        if KERAS in names:  # the last
             row["total_ratio"] = row["train_s"] / rows[-1]["train_s"]
+            row["cpu_ratio"] = row["train_cpu_s"] / rows[-1]["train_cpu_s"]
     return rows + compared(errors)
 
 
@@ -155,13 +157,13 @@ def equally_distributed(*samples: np.ndarray) -> float:
     return float(found.pvalue)
 
 
-def find_ways() -> dict[str, str]:
+def find_contenders() -> list[str]:
     """Returns whose runs are timed, and says how to get Keras where it is missing."""
     if importlib.util.find_spec("keras"):
-        return {OURS: "", KERAS: "keras"}
+        return [OURS, KERAS]
     print("Keras is left out, and no row kept: it is not there. To get it,")
     print("in an environment of its own:  pip install keras")
-    return {OURS: ""}
+    return [OURS]
 
 
 def show(rows: list[Row]) -> None:
@@ -190,24 +192,24 @@ def main() -> None:
     args = _results.parse(parser)
     if args.quick:
         args.seeds, args.keras_seeds, args.rounds, args.epochs = 2, 1, 1, 2
-    machine, ways = _results.print_machine(), find_ways()
-    if KERAS in ways:
+    machine, names = _results.print_machine(), find_contenders()
+    if KERAS in names:
         machine["keras"] = importlib.metadata.version("keras")
         print(f"keras {machine['keras']}")
-    report(ways, machine, args)
+    report(names, machine, args)
 
 
-def report(ways: dict[str, str], machine: Row, args: argparse.Namespace) -> None:
+def report(names: list[str], machine: Row, args: argparse.Namespace) -> None:
     """Times one run and all runs, prints and keeps what came out."""
     seeds = {OURS: args.seeds, KERAS: args.keras_seeds}
     parts = (
-        lambda: one_run(ways | {OURS: "alone"}, args.rounds, args.epochs),
-        lambda: all_runs(ways | {OURS: "together"}, seeds, args.epochs),
+        lambda: one_run(names, args.rounds, args.epochs),
+        lambda: all_runs(names, seeds, args.epochs),
     )
     for part in parts:
         rows = [{"question": "against_keras"} | row for row in part()]
         show(rows)
-        if KERAS in ways:  # a row says what it was compared with
+        if KERAS in names:  # a row says what it was compared with
             rows = [machine | _results.rounded(row) for row in rows]
             _results.store(rows, SETTINGS, args.out)
 

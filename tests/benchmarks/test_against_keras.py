@@ -49,7 +49,7 @@ def test_nan_in_one_of_two_makes_them_unequal(against):
 
 def test_without_keras_it_says_how_to_get_it(against, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert list(against.find_ways()) == ["optaxclip"]
+    assert against.find_contenders() == ["optaxclip"]
     assert "pip install keras" in capsys.readouterr().out
 
 
@@ -61,9 +61,24 @@ def test_one_run_is_compared_with_keras_within_a_round(against, monkeypatch):
         return {"imports_s": 0.0, "train_s": [total], "total_s": total, "cpu_s": 1.0}
 
     monkeypatch.setattr(against, "start", start)
-    ours, keras = against.one_run({"optaxclip": "alone", "keras": "keras"}, 3, 1)
+    ours, keras = against.one_run(["optaxclip", "keras"], 3, 1)
     assert (ours["total_s"], ours["total_ratio"]) == (3.0, 0.5)
     assert (keras["train_s"], keras["total_ratio"]) == (5.0, 1.0)
+
+
+def test_keras_takes_its_median_run_times_all_runs(against, monkeypatch):
+    seconds = {"together": [4.0], "keras": [1.0, 2.0, 90.0]}
+
+    def start(way, *options):
+        mse = np.ones((len(against.CLIPS), 3, 2)).tolist()
+        return {"train_s": seconds[way], "train_cpu_s": seconds[way], "mse": mse}
+
+    monkeypatch.setattr(against, "start", start)
+    seeds = {"optaxclip": 24, "keras": 3}
+    ours, keras = against.all_runs(["optaxclip", "keras"], seeds, 1)[:2]
+    assert (ours["runs"], keras["runs"], keras["timed"]) == (120, 120, 15)
+    assert (keras["train_s"], ours["train_s"]) == (240.0, 4.0)
+    assert ours["total_ratio"] == ours["cpu_ratio"] == 4 / 240
 
 
 @pytest.mark.thorough

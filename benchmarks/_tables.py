@@ -76,8 +76,8 @@ TABLES = {
     ),
     "against_torch": Table(
         "against_torch",
-        {"clip": "clip", **TREE, "work": "what"},
-        {"run_ms": "ms", "gb_per_s": "GB/s"},
+        {"clip": "clip", **TREE, "work": "what", "threads": "threads"},
+        {"run_ms": "ms", "cpu_ms": "processor ms", "gb_per_s": "GB/s"},
         "contender",
         floor="the bytes that the work has to pass over, of which GB/s are told: what"
         " the memory can do, for trees that are larger than the cache.",

@@ -20,6 +20,9 @@ five, and six with a norm. The column GB/s is that floor over the time, so more 
 better, and what the memory can do is the end of it; trees that fit into the cache are
 beyond that. PyTorch runs its operations one after the other, each over all leaves.
 
+Where other work keeps the machine busy, take one thread, and the seconds of the
+processor: several threads wait for the last of them, which may not be running.
+
 PyTorch is in a package of its own. Without it, ours alone is timed.
 """
 
@@ -29,6 +32,7 @@ import importlib.util
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +51,9 @@ Row = dict[str, Any]
 Tree = Any
 Runner = Callable[[int], None]
 
-SETTINGS = ("clip", "tree", "work", "contender")
+SETTINGS = ("clip", "tree", "work", "threads", "contender")
+COLUMNS = ("clip", "tree", "leaves", "what", "")
+COLUMNS += ("ms", "ratio", "GB/s", "cpu ms", "ratio", "error")
 VERSION = "2.13.0"
 FOREACH, FUSED = "torch foreach", "torch fused"
 ALONE, STEP = "clip alone", "step"
@@ -167,30 +173,40 @@ def compare(
         errors[contender] = _timing.assert_equal_answers(pair, rtol)
     runners = {contender: run for contender, (run, _) in found.items()}
     del found, params, grads, exact
-    run = _timing.summarize(_timing.interleave(runners, repeats, REST), OURS)
     passes = CASES[name].alone if work == ALONE else CASES[name].step
     floor = passes * 4 * _trees.describe(tree)["elements"]  # bytes
-    return {
-        contender: {"run_ms": 1e3 * own.seconds, "run_ratio": own.ratio}
-        | {"floor_bytes": floor, "gb_per_s": floor / own.seconds / 1e9}
-        | {"error": errors[contender]}
-        for contender, own in run.items()
-    }
+    rows = {name: {"floor_bytes": floor, "error": x} for name, x in errors.items()}
+    clocks = {"run": time.perf_counter, "cpu": time.process_time}
+    times = _timing.interleave_on(runners, repeats, list(clocks.values()), REST)
+    for clock, own in zip(clocks, times, strict=True):
+        for contender, summary in _timing.summarize(own, OURS).items():
+            rows[contender][f"{clock}_ms"] = 1e3 * summary.seconds
+            rows[contender][f"{clock}_ratio"] = summary.ratio
+    return rows
+
+
+def use_threads(torch: Any, threads: int) -> None:
+    """Lets both libraries use so many; to be called before JAX looks for devices."""
+    if threads < (os.cpu_count() or 1):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if torch:
+        torch.set_num_threads(threads)
 
 
 def report(torch: Any, name: str, args: argparse.Namespace) -> list[Row]:
     """Prints the lines of one clip, and returns them as rows."""
-    rows = []
+    rows: list[Row] = []
     works = [work for work in (ALONE, STEP) if work == STEP or CASES[name].alone]
     for tree, work in itertools.product(args.trees, works):
         common = {"question": "against_torch", "clip": name, **_trees.describe(tree)}
-        common |= {"work": work, "threads": os.cpu_count(), "rounds": args.repeats}
+        common |= {"work": work, "threads": args.threads, "rounds": args.repeats}
         common |= {"torch": torch.__version__} if torch else {}
         for contender, row in compare(torch, name, work, tree, args.repeats).items():
+            row["gb_per_s"] = row["floor_bytes"] / row["run_ms"] / 1e6
             print(
                 f"{name:12}{tree:8}{common['leaves']:7}  {work:12}{contender:14}"
                 f"{row['run_ms']:10.3f}{row['run_ratio']:8.2f}{row['gb_per_s']:8.1f}"
-                f"{row['error']:10.1e}",
+                f"{row['cpu_ms']:10.3f}{row['cpu_ratio']:8.2f}{row['error']:10.1e}",
                 flush=True,
             )
             rows.append(common | {"contender": contender} | row)
@@ -199,17 +215,19 @@ def report(torch: Any, name: str, args: argparse.Namespace) -> list[Row]:
 
 def main() -> None:
     clips = {"nargs": "+", "choices": CASES, "default": list(CASES)}
-    args = _timing.parse_args(__doc__, 31, ("--clips", clips))
+    threads = {"type": int, "default": os.cpu_count(), "help": "of each library"}
+    args = _timing.parse_args(__doc__, 31, ("--clips", clips), ("--threads", threads))
+    torch = find_torch()
+    use_threads(torch, args.threads)
     jax.config.update("jax_platforms", "cpu")
-    machine, torch = _results.print_machine(), find_torch()
+    machine = _results.print_machine()
     if torch:
-        torch.set_num_threads(os.cpu_count())
-        print(f"torch {torch.__version__}, {os.cpu_count()} threads")
+        print(f"torch {torch.__version__}, {args.threads} threads")
     else:
         args.out = None  # a row says what it was compared with
     print(f"{args.repeats} rounds, medians; ratio to ours; GB/s of the floor")
-    columns = ("clip", "tree", "leaves", "what", "", "ms", "ratio", "GB/s", "error")
-    print("{:12}{:8}{:>7}  {:12}{:14}{:>10}{:>8}{:>8}{:>10}".format(*columns))
+    print("{:12}{:8}{:>7}  {:12}{:14}".format(*COLUMNS[:5]), end="")
+    print("{:>10}{:>8}{:>8}{:>10}{:>8}{:>10}".format(*COLUMNS[5:]))
     for name in args.clips:
         rows = [machine | _results.rounded(row) for row in report(torch, name, args)]
         _results.store(rows, SETTINGS, args.out)

@@ -14,7 +14,6 @@ from optaxclip._clips.by_norm import (
     clip_by_global_norm as clip_by_global_norm,
     clip_by_group_norm as clip_by_group_norm,
     clip_by_leaf_norm as clip_by_leaf_norm,
-    clip_with_norm as clip_with_norm,
     normalize_by_update_norm as normalize_by_update_norm,
 )
 from optaxclip._clips.by_params import (
@@ -28,6 +27,7 @@ from optaxclip._clips.by_value import (
     clip_by_value as clip_by_value,
 )
 from optaxclip._clips.clippy import clippy as clippy
+from optaxclip._clips.known_norm import clip_with_norm as clip_with_norm
 from optaxclip._clips.learnt_global import (
     autoclip as autoclip,
     k_sigma_clip as k_sigma_clip,

@@ -46,6 +46,7 @@ TESTS = {
     "_clips/by_value": "by_value errors numerics",
     "_clips/clippy": "clippy",
     "_clips/elements": "by_value summary",
+    "_clips/known_norm": "by_norm errors outside_of_jit",
     "_clips/learnt_global": "rules facts_of_rules",
     "_clips/learnt_per_leaf": "by_params clippy qk_clip rules facts_of_rules",
     "_clips/qk_clip": "qk_clip",
@@ -59,6 +60,7 @@ TESTS = {
     "_cotangents/cotangents": "cotangents numerics single_numbers properties",
     "_cotangents/flax_layers": "flax_layers flax_layers_in_use",
     "_cotangents/stats": "cotangents flax_layers flax_layers_in_use",
+    "_engine/at_once": "outside_of_jit errors_of_patterns",
     "_engine/clip_by": (
         "by_value by_norm drop_ins errors errors_of_patterns thresholds "
         "deviations quantiles"

@@ -2,6 +2,7 @@
 
 In reading order, those of norms:
   by_norm: of all leaves together, of each, of each group.
+  known_norm: one that somebody measured already.
   by_params: relative to the norm of the weights that they change.
   learnt_global: a threshold for the global norm, from its history.
   learnt_per_leaf: one for each leaf, or each group.

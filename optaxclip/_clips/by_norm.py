@@ -1,19 +1,15 @@
 """The clips people ask for by name, most of them one line on the engine."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optaxclip import factors, norms
+from optaxclip import norms
 from optaxclip._arguments import checks, mistakes
+from optaxclip._engine.at_once import at_once
 from optaxclip._engine.clip_by import clip_by
 from optaxclip._engine.limits import Threshold
-from optaxclip._engine.multiply import multiplied, scope_factors
-from optaxclip._measure import own_norms
-from optaxclip._trees import leaves as _leaves
 
 
 @mistakes.at_most(1, mistakes.ONCE)
@@ -94,6 +90,7 @@ def clip_by_leaf_norm(max_norm: Threshold) -> optax.GradientTransformationExtraA
 
 
 @mistakes.at_most(2, mistakes.ONCE)
+@at_once("max_norm")
 def clip_by_group_norm(
     max_norm: Threshold, labels: norms.Labels = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,6 +165,7 @@ def clip_by_block_rms(threshold: Threshold) -> optax.GradientTransformationExtra
     return clip_by(norms.leaf_rms, threshold)
 
 
+@at_once("scale_factor", "eps")
 def normalize_by_update_norm(
     scale_factor: ArrayLike = 1.0, eps: ArrayLike = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
@@ -208,42 +206,3 @@ def normalize_by_update_norm(
         return scale * one / (norm + floor * one)
 
     return clip_by(norms.global_norm, 1.0, factor)
-
-
-def clip_with_norm(
-    updates: optax.Updates, norm: Any, max_norm: ArrayLike
-) -> optax.Updates:
-    r"""Rescales updates whose norm is known already: the second half of a clip.
-
-    .. math:: u \leftarrow u \cdot \min(1, \text{max\_norm} / \text{norm})
-
-    For those who need the norm first, to log it or to combine it with that of other
-    devices or stages: ``norm = optaxclip.global_norm(updates)``.
-
-    Args:
-      updates: tree of arrays.
-      norm: scalar, or a tree prefix of the updates as a function of
-        :mod:`optaxclip.norms` returns it. An infinite norm makes its scope NaN.
-      max_norm: largest norm allowed, a number.
-
-    Returns:
-      The updates, rescaled, with their structure, shapes and dtypes.
-
-    Raises:
-      TypeError, ValueError: a max_norm that is not a number, is negative or NaN; norms
-        that are not a tree prefix of the updates.
-
-    Examples:
-      >>> updates = {"w": jnp.array([3.0, 4.0])}
-      >>> norm = optaxclip.global_norm(updates)
-      >>> print(optaxclip.clip_with_norm(updates, norm, 1.0)["w"])
-      [0.6 0.8]
-    """
-    checks.number(max_norm, "max_norm")
-    checks.not_off(max_norm)
-    leaves = _leaves.flatten(updates)
-    measured = own_norms.given(norm, leaves)
-    limit = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
-    limits = jax.tree.map(lambda x: jnp.broadcast_to(limit, x.shape), measured.norms)
-    scales, rests = scope_factors(factors.rescale, measured, limits)
-    return multiplied(leaves, measured.scopes, scales, rests)

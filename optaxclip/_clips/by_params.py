@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 
 from optaxclip import norms, thresholds
 from optaxclip._arguments import checks
+from optaxclip._engine.at_once import at_once
 from optaxclip._engine.clip_by import clip_by
 from optaxclip._trees import infinity
 
 
+@at_once("max_ratio", "trust_coefficient")
 def clip_by_trust_ratio(
     max_ratio: ArrayLike = 1.0, trust_coefficient: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -77,6 +79,7 @@ def clip_by_trust_ratio(
     return clip_by(norms.leaf_norms, rule, capped)
 
 
+@at_once("relative", "eps")
 def clip_by_relative_step(
     relative: ArrayLike = 0.03, eps: ArrayLike = 1.0
 ) -> optax.GradientTransformationExtraArgs:
@@ -137,6 +140,7 @@ def clip_by_relative_step(
     return clip_by(norms.global_norm, rule)
 
 
+@at_once("clipping", "eps")
 def adaptive_grad_clip(
     clipping: ArrayLike,
     eps: ArrayLike = 1e-3,

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from optaxclip._arguments import checks, mistakes
 from optaxclip._clips import elements
+from optaxclip._engine.at_once import at_once
 from optaxclip._measure import formulas, names as _names, reduce, scopes as _scopes
 from optaxclip._mesh import summed
 from optaxclip._trees import leaves as _leaves, paths as _paths
@@ -39,6 +40,7 @@ class ClipByValueState(NamedTuple):
 
 
 @mistakes.at_most(1, PAIR)
+@at_once("limit")
 def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
     r"""Clips every element of the updates into a range.
 

@@ -14,6 +14,7 @@ import optax
 from optaxclip import factors, norms
 from optaxclip._arguments import checks, mistakes
 from optaxclip._engine import limits as _limits, multiply, state as _state
+from optaxclip._engine.at_once import at_once
 from optaxclip._engine.limits import Threshold
 from optaxclip._engine.multiply import Factor
 from optaxclip._engine.state import ClipState
@@ -22,6 +23,7 @@ from optaxclip._mesh import summed
 from optaxclip._trees import leaves as _leaves
 
 
+@at_once("threshold")
 def clip_by(
     norm: _scopes.Norm, threshold: Threshold, factor: Factor = factors.rescale
 ) -> optax.GradientTransformationExtraArgs:

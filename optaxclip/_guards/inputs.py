@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optaxclip._arguments import checks, mistakes
+from optaxclip._engine.at_once import at_once
 from optaxclip._measure import formulas
 from optaxclip._mesh import splits as _splits, summed
 from optaxclip._trees import leaves as _leaves
@@ -28,6 +29,7 @@ class ZeroNonfiniteState(NamedTuple):
 
 
 @mistakes.at_most(0, f"It wraps nothing. {mistakes.CHAIN}")
+@at_once()
 def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
     """Replaces every NaN and infinity by 0, and counts them.
 

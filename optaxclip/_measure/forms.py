@@ -98,25 +98,15 @@ def ours_on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
 
 
 def rescued(plain: Plain, dtype: Any, updates: Any) -> Exact:
-    norms = _norms(plain, dtype, layouts.ON_CPU, updates, 1.0)
+    at = functools.partial(_norms, plain, dtype, layouts.ON_CPU, updates)
+    norms = at(1.0)
     powers = jax.tree.map(_power, norms)
-
-    def anywhere(conditions: list[jax.Array]) -> jax.Array:
-        # All devices take one branch, for there are collectives in it.
-        return collectives.anywhere(_anywhere(conditions), plain.axes)
-
-    def at(end: float, needed: jax.Array) -> Packed:
-        again = functools.partial(_norms, plain, dtype, layouts.ON_CPU, updates, end)
-        return _cond(needed, again, lambda: norms)
-
-    def picked() -> Packed:
-        small, large = _ends(dtype)
-        down = at(small, anywhere([p < 1 for p in jax.tree.leaves(powers)]))
-        up = at(large, anywhere([p > 1 for p in jax.tree.leaves(powers)]))
-        return jax.tree.map(_pick, powers, norms, down, up)
-
-    needed = anywhere([p != 1 for p in jax.tree.leaves(powers)])
-    return _cond(needed, picked, lambda: norms), powers
+    needed = _anywhere([power != 1 for power in jax.tree.leaves(powers)])
+    # All devices take one branch, for there are collectives in it.
+    needed = collectives.anywhere(needed, plain.axes)
+    if isinstance(needed, Tracer):
+        return jax.lax.cond(needed, lambda: at(powers), lambda: norms), powers
+    return (at(powers) if needed else norms), powers
 
 
 def at_three_scales(
@@ -154,15 +144,6 @@ def _has_fast_doubles() -> bool:
     """Returns whether the GPU computes in float64 fast; without one, that others do."""
     kind: Any = jax.devices()[0]
     return getattr(kind, "compute_capability", _DOUBLES[0]) in _DOUBLES
-
-
-def _cond(
-    condition: jax.Array, if_true: Callable[[], Any], if_false: Callable[[], Any]
-) -> Any:
-    """Takes one of two branches; of what is not traced, without compiling them."""
-    if isinstance(condition, Tracer):
-        return jax.lax.cond(condition, if_true, if_false)
-    return if_true() if condition else if_false()
 
 
 @jax.custom_batching.custom_vmap

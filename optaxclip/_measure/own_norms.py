@@ -1,6 +1,5 @@
 """Which norm is of which scope? For norms that this library did not measure itself."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,14 @@ import jax.numpy as jnp
 from optaxclip._measure import layouts, names as _names, reduce, stacks as _stacks
 from optaxclip._measure.forms import Plain
 from optaxclip._measure.scopes import Measured, Norm, unscaled
-from optaxclip._measure.units import EVERYTHING, Packed, Scope, joined
+from optaxclip._measure.units import (
+    EVERYTHING,
+    Packed,
+    Scope,
+    Units,
+    joined,
+    of_layers,
+)
 from optaxclip._mesh import splits as _splits, summed
 from optaxclip._trees import paths as _paths
 from optaxclip._trees.leaves import Leaves, is_numeric
@@ -28,10 +34,11 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
 
     def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> Packed:
         del layout
-        if scale == 1:
+        if isinstance(scale, float) and scale == 1:
             return found.norms
-        times = functools.partial(reduce.scaled, scale=scale)
-        return packed(jax.tree.map(times, updates)).norms
+        scales = _of_each(scale, found.scopes, stacks)
+        leaves = map(reduce.scaled, jax.tree.leaves(updates), scales)
+        return packed(treedef.unflatten(leaves)).norms
 
     def every_name() -> _names.Names:
         bases = _names.of_scopes(found.scopes, _paths.paths(updates))
@@ -101,6 +108,17 @@ def _sorted(norms: Any, treedef: Any, stacks: _stacks.Stacks) -> _Sorted:
         return _Sorted(jnp.zeros(0), (), ())
     vector = jnp.concatenate(flat) if any(kinds) else jnp.stack(distinct)
     return _Sorted(vector, tuple(x for x, _ in rows), [layer for _, layer in rows])
+
+
+def _of_each(
+    scale: Any, scopes: Sequence[Scope], stacks: _stacks.Stacks
+) -> Sequence[Any]:
+    """Returns the scale of each leaf, given those of all scopes, or that of all."""
+    if isinstance(scale, float) or EVERYTHING in scopes:
+        return [scale] * len(stacks)
+    if isinstance(scale, Units):
+        return scale.of_leaves()
+    return of_layers(scale, scopes, stacks)
 
 
 def _layers(

@@ -34,25 +34,25 @@ class Reduction(NamedTuple):
     layers: int
 
 
-def scaled(x: jax.Array, scale: float, square: bool = False) -> jax.Array:
+def scaled(x: jax.Array, scale: Scale, square: bool = False) -> jax.Array:
     """Returns ``x * scale``, in a form that the compiler leaves alone when squared.
 
     Where it knows enough of ``x`` (a constant, a single element) it would otherwise
     compute ``x**2 * scale**2``, which is 0 times infinity.
 
-    Where the square will be taken the modulus will do, and a large number for an
-    infinity: so a CPU squares and sums in one loop, where it would keep a copy of ``x``
-    otherwise. The scale is a power of two.
+    Where the square will be taken a large number will do for an infinity: so a CPU
+    squares and sums in one loop, where it would keep a copy of ``x`` otherwise. The
+    scale is a power of two.
     """
-    if scale == 1:
+    if isinstance(scale, float) and scale == 1:
         return x
     if jnp.iscomplexobj(x):
         parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
         return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
     if square:  # a quarter, for the derivative of a square is twice the number
-        return jnp.minimum(jnp.abs(x) * scale, largest / 4)
-    product = jax.lax.clamp(-largest, x * scale, largest)
+        return jnp.clip(x * scale, -largest / 4, largest / 4)
+    product = jnp.clip(x * scale, -largest, largest)
     return jnp.where(jnp.isinf(x), x, product)
 
 
@@ -69,7 +69,11 @@ def norms(
       operands: how many sums of rows may be joined.
     """
     if isinstance(scale, jax.Array):
-        pieces = [p._replace(array=p.array * _rows(scale, p)) for p in pieces]
+        scales = (_rows(scale, p) for p in pieces)
+        pieces = [
+            p._replace(array=scaled(p.array, own, square=ord == 2))
+            for p, own in zip(pieces, scales, strict=True)
+        ]
         scale = 1.0
     totals = functools.partial(_totals, count=count, operands=operands)
     if ord == 1:

@@ -52,7 +52,8 @@ def unit_norms(
             of_rest = of_whole = scale
         elif whole or rest:
             each = scale.of_leaves()
-            leaves = [x * each[i] if i in rest else x for i, x in enumerate(leaves)]
+            for i in rest:
+                leaves[i] = reduce.scaled(leaves[i], each[i], square=ord == 2)
             of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
         parts = [units[i]._replace(array=leaves[i]) for i in rest]
         arrays = reduce.norms_along(parts, of_rest, ord)

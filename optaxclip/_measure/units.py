@@ -84,7 +84,7 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], leaves: Leaves) -> list[jax
         return [packed] * len(leaves.counted)
     stacks = _stacks.of_leaves(leaves)
     if any(stacks) and not isinstance(packed, Units):
-        return _of_layers(packed, scopes, stacks)
+        return of_layers(packed, scopes, stacks)
     if isinstance(packed, Units):
         scopes = [(i,) for some in packed.places for i in some]
         entries = [x for array in packed.arrays for x in _entries(array)]
@@ -94,9 +94,10 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], leaves: Leaves) -> list[jax
     return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
 
 
-def _of_layers(
+def of_layers(
     vector: jax.Array, scopes: Sequence[Scope], stacks: _stacks.Stacks
 ) -> list[jax.Array]:
+    """Returns for each leaf the entry of its scope, of a stack those of all layers."""
     numbers: list[list[int]] = [[] for _ in stacks]
     for number, scope in enumerate(scopes):
         for i in scope:

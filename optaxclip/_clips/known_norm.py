@@ -53,13 +53,13 @@ def _by_its_state(max_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
     checks.number(max_norm, "max_norm")
     checks.not_off(max_norm)
 
-    def update_fn(updates: Any, norm: Any, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         leaves = _leaves.flatten(updates)
-        measured = own_norms.given(norm, leaves)
+        measured = own_norms.given(state, leaves)
         limit = jnp.maximum(jnp.asarray(max_norm, leaves.dtype), 0)
         every = jax.tree.map(lambda x: jnp.broadcast_to(limit, x.shape), measured.norms)
         scales, rests = scope_factors(factors.rescale, measured, every)
-        return multiplied(leaves, measured.scopes, scales, rests), norm
+        return multiplied(leaves, measured.scopes, scales, rests), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from optaxclip._measure import layouts, names as _names
 from optaxclip._measure.units import Packed, Scope
-from optaxclip._mesh import collectives
+from optaxclip._mesh import collectives, splits as _splits, spread as _spread
 
 # Compute capabilities at which float64 has half the speed of float32.
 _DOUBLES = ("6.0", "7.0", "8.0", "9.0", "10.0")
@@ -37,18 +38,21 @@ class Plain(NamedTuple):
       scopes: which those are.
       axes: the mesh axes over which the norms differ, as those of units may.
       names: function to those of the scopes, where they aren't those of the leaves.
+      everywhere: whether all devices have all norms; those of units may be spread.
     """
 
     scaled: Callable[[Any, Any, layouts.Layout], Packed]
     scopes: tuple[Scope, ...]
     axes: collectives.Axes = frozenset()
     names: Callable[[], _names.Names] = tuple
+    everywhere: bool = True
 
     def norms(self, updates: Any) -> Packed:
         """Returns the norms, which is for updates that are neither large nor small."""
         return self.scaled(updates, 1.0, layouts.AS_THEY_ARE)
 
 
+Formula = Callable[[Any, _splits.Splits], Plain]  # of updates, and how they are split
 Exact = tuple[Packed, Packed]  # the norms of the updates times powers of two, and these
 
 
@@ -63,25 +67,30 @@ def on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
     )
 
 
-def ours_on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
+def ours_on_any_platform(
+    formula: Formula, plain: Plain, updates: Any, dtype: Any
+) -> Exact:
     """The same of a formula of this library's, which has a form more.
 
-    Its derivative is that of the norm at the powers that were chosen.
+    Its derivative is that of the norm at the powers that were chosen. Where types say
+    how leaves are spread, every device measures its own pieces of them.
     """
+
+    def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
+        return _ours(formula(updates, splits), dtype, updates)
 
     @jax.custom_jvp
     def exact(updates: Any) -> Exact:
-        on_gpu = functools.partial(at_three_scales, plain, dtype, layouts.ON_GPU)
-        if dtype == jnp.float32 and _has_fast_doubles():
-            on_gpu = functools.partial(in_doubles, plain)
-        return jax.lax.platform_dependent(
-            updates,
-            cpu=functools.partial(rescued, plain, dtype),
-            cuda=on_gpu,
-            default=functools.partial(
-                at_three_scales, plain, dtype, layouts.AS_THEY_ARE
-            ),
-        )
+        leaves, treedef = jax.tree.flatten(updates)
+        spread = _spread.by_type(leaves) if plain.everywhere else None
+        if spread is None:
+            return _ours(plain, dtype, updates)
+        return jax.shard_map(
+            functools.partial(on_pieces, splits=spread.splits()),
+            mesh=spread.mesh,
+            in_specs=(treedef.unflatten(spread.specs),),
+            out_specs=PartitionSpec(),
+        )(updates)
 
     @exact.defjvp
     def derivative(primals: tuple[Any], tangents: tuple[Any]) -> Any:
@@ -95,6 +104,18 @@ def ours_on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
         return (norms, powers), (change, jax.tree.map(jnp.zeros_like, powers))
 
     return exact(updates)
+
+
+def _ours(plain: Plain, dtype: Any, updates: Any) -> Exact:
+    on_gpu = functools.partial(at_three_scales, plain, dtype, layouts.ON_GPU)
+    if dtype == jnp.float32 and _has_fast_doubles():
+        on_gpu = functools.partial(in_doubles, plain)
+    return jax.lax.platform_dependent(
+        updates,
+        cpu=functools.partial(rescued, plain, dtype),
+        cuda=on_gpu,
+        default=functools.partial(at_three_scales, plain, dtype, layouts.AS_THEY_ARE),
+    )
 
 
 def rescued(plain: Plain, dtype: Any, updates: Any) -> Exact:

@@ -116,8 +116,11 @@ def _measured(
     plain = formula(updates, splits)
     if not plain.scopes:
         return unscaled(plain.norms(updates), (), dtype)
-    exact = forms.ours_on_any_platform if is_ours(formula) else forms.on_any_platform
-    norms, powers = exact(plain, updates, dtype)
+    if is_ours(formula):
+        exact = forms.ours_on_any_platform(formula, plain, updates, dtype)
+    else:
+        exact = forms.on_any_platform(plain, updates, dtype)
+    norms, powers = exact
     return Measured(norms, powers, plain.scopes, plain.axes)
 
 

@@ -82,6 +82,7 @@ def unit_norms(
         tuple((i,) for i in range(len(leaves))),
         frozenset[str]().union(*differ),
         every_name,
+        everywhere=False,
     )
 
 

@@ -3,6 +3,7 @@
 In reading order:
   collectives: sums over devices inside ``shard_map``, nothing anywhere else.
   splits: how each leaf is split, by its type or by what the user says (`over_axes`).
+  spread: how whole leaves are spread, by their types, over explicit mesh axes.
   summed: raises where something is still to be summed over devices.
 
 May import `_trees` and what is below it.

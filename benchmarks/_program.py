@@ -185,8 +185,9 @@ def _looked_at(program: Program, where: str, name: str, user: str) -> int:
     part = program.parts[where]
     one = part.lines[user]
     first = one.operands[0] == name
-    if one.kind in PICKS and first:
-        return size_of(one.shape)
+    if one.kind in PICKS and first:  # of two halves the second says what comes out
+        (second,) = (user,) if one.shape else part.users[user]
+        return size_of(part.lines[second].shape)
     if one.kind in PUTS and first:
         return 0
     if one.kind == "bitcast" and user not in part.root:

@@ -129,6 +129,15 @@ def test_what_a_tpu_keeps_on_the_chip_is_not_moved():
     assert copied == 2 * ALL
 
 
+def test_a_slice_that_is_copied_to_the_chip_is_read_in_its_own_size():
+    copied = moved(
+        "%s = ((f32[8,100]{1,0}), f32[1,100]{1,0:S(1)}, s32[]) slice-start(%x)",
+        "%d = f32[1,100]{1,0:S(1)} slice-done(%s)",
+        "ROOT %y = f32[1,100]{1,0:S(1)} negate(%d)",
+    )
+    assert copied == ROW
+
+
 def kinds(*lines: str) -> list[tuple[str, int]]:
     found = program(*lines)
     runs = _program.runs(found, found.entry)

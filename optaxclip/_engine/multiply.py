@@ -107,9 +107,9 @@ def multiplied(
 
     So are those leaves that are named by their places among the counted ones.
     """
-    columns = [_units.of_leaf(packed, scopes, leaves) for packed in (scales, rests)]
-    every = zip(leaves.counted, *columns, strict=True)
-    products = [_times(leaves.leaves[i], leaves.dtype, *row) for i, *row in every]
+    factors = _units.of_leaf_together((scales, rests), scopes, leaves)
+    every = zip(leaves.counted, factors, strict=True)
+    products = [_times(leaves.leaves[i], leaves.dtype, *row) for i, row in every]
     return leaves.replaced(products, untouched)
 
 

@@ -21,7 +21,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
-from optaxclip._measure import layouts, names as _names
+from optaxclip._measure import (
+    layouts,
+    names as _names,
+    stacks as _stacks,
+    units as _units,
+)
 from optaxclip._measure.units import Packed, Scope
 from optaxclip._mesh import collectives, splits as _splits, spread as _spread
 
@@ -68,13 +73,14 @@ def on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
 
 
 def ours_on_any_platform(
-    formula: Formula, plain: Plain, updates: Any, dtype: Any
+    formula: Formula, splits: _splits.Splits, updates: Any, dtype: Any
 ) -> Exact:
     """The same of a formula of this library's, which has a form more.
 
     Its derivative is that of the norm at the powers that were chosen. Where types say
     how leaves are spread, every device measures its own pieces of them.
     """
+    plain = formula(updates, splits)
 
     def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
         return _ours(formula(updates, splits), dtype, updates)
@@ -95,10 +101,15 @@ def ours_on_any_platform(
     @exact.defjvp
     def derivative(primals: tuple[Any], tangents: tuple[Any]) -> Any:
         norms, powers = exact(*primals)
+        fixed = jax.lax.stop_gradient(powers)
 
         def at_these(updates: Any) -> Packed:
-            fixed = jax.lax.stop_gradient(powers)
-            return _norms(plain, dtype, layouts.AS_THEY_ARE, updates, fixed)
+            every = _units.of_each(fixed, plain.scopes, _stacks.of(updates, splits))
+            leaves, treedef = jax.tree.flatten(updates)
+            leaves = [x * power for x, power in zip(leaves, every, strict=True)]
+            return _norms(
+                plain, dtype, layouts.AS_THEY_ARE, treedef.unflatten(leaves), 1.0
+            )
 
         _, change = jax.jvp(at_these, primals, tangents)
         return (norms, powers), (change, jax.tree.map(jnp.zeros_like, powers))

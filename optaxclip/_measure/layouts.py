@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
 
 AS_THEY_ARE = Layout()  # a TPU reduces small leaves together by itself
-ON_CPU = Layout(small=8192, operands=1_000_000)
+ON_CPU = Layout(small=8192, operands=256)
 # Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
 # sum of a whole large leaf takes two kernels, its rows all together share the second.
 ON_GPU = Layout(small=65536, operands=64, width=8192)

@@ -13,9 +13,8 @@ from optaxclip._measure.units import (
     EVERYTHING,
     Packed,
     Scope,
-    Units,
     joined,
-    of_layers,
+    of_each,
 )
 from optaxclip._mesh import splits as _splits, summed
 from optaxclip._trees import paths as _paths
@@ -36,7 +35,7 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
         del layout
         if isinstance(scale, float) and scale == 1:
             return found.norms
-        scales = _of_each(scale, found.scopes, stacks)
+        scales = of_each(scale, found.scopes, stacks)
         leaves = map(reduce.scaled, jax.tree.leaves(updates), scales)
         return packed(treedef.unflatten(leaves)).norms
 
@@ -108,17 +107,6 @@ def _sorted(norms: Any, treedef: Any, stacks: _stacks.Stacks) -> _Sorted:
         return _Sorted(jnp.zeros(0), (), ())
     vector = jnp.concatenate(flat) if any(kinds) else jnp.stack(distinct)
     return _Sorted(vector, tuple(x for x, _ in rows), [layer for _, layer in rows])
-
-
-def _of_each(
-    scale: Any, scopes: Sequence[Scope], stacks: _stacks.Stacks
-) -> Sequence[Any]:
-    """Returns the scale of each leaf, given those of all scopes, or that of all."""
-    if isinstance(scale, float) or EVERYTHING in scopes:
-        return [scale] * len(stacks)
-    if isinstance(scale, Units):
-        return scale.of_leaves()
-    return of_layers(scale, scopes, stacks)
 
 
 def _layers(

@@ -40,9 +40,9 @@ def scaled(x: jax.Array, scale: Scale, square: bool = False) -> jax.Array:
     Where it knows enough of ``x`` (a constant, a single element) it would otherwise
     compute ``x**2 * scale**2``, which is 0 times infinity.
 
-    Where the square will be taken a large number will do for an infinity: so a CPU
-    squares and sums in one loop, where it would keep a copy of ``x`` otherwise. The
-    scale is a power of two.
+    Where the square will be taken the modulus will do, and a large number for an
+    infinity: so a CPU squares and sums in one loop, where it would keep a copy of ``x``
+    otherwise. The scale is a power of two.
     """
     if isinstance(scale, float) and scale == 1:
         return x
@@ -50,8 +50,8 @@ def scaled(x: jax.Array, scale: Scale, square: bool = False) -> jax.Array:
         parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
         return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
-    if square:  # a quarter, for the derivative of a square is twice the number
-        return jnp.clip(x * scale, -largest / 4, largest / 4)
+    if square:
+        return jnp.minimum(jnp.abs(x) * scale, largest)
     product = jnp.clip(x * scale, -largest, largest)
     return jnp.where(jnp.isinf(x), x, product)
 
@@ -162,7 +162,8 @@ def over(x: jax.Array, unit: jax.Array) -> jax.Array:
 
 def _rows(values: jax.Array, piece: Piece) -> jax.Array:
     """Returns each row's entry of ``values``, which has one for each scope."""
-    rows = values[np.array(piece.scopes)]
+    # A place that the compiler knows would make the kernel of every leaf another one.
+    rows = values[jax.lax.optimization_barrier(np.array(piece.scopes, np.int32))]
     rows = piece.stack.own(rows) if piece.stack else rows
     return rows.reshape((-1,) + (1,) * (piece.array.ndim - 1))
 

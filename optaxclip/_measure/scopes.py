@@ -117,7 +117,7 @@ def _measured(
     if not plain.scopes:
         return unscaled(plain.norms(updates), (), dtype)
     if is_ours(formula):
-        exact = forms.ours_on_any_platform(formula, plain, updates, dtype)
+        exact = forms.ours_on_any_platform(formula, splits, updates, dtype)
     else:
         exact = forms.on_any_platform(plain, updates, dtype)
     norms, powers = exact

@@ -51,7 +51,14 @@ def unit_norms(
         if not isinstance(scale, _units.Units):
             of_rest = of_whole = scale
         elif whole or rest:
-            each = scale.of_leaves()
+            pairs = zip(scale.places, scale.arrays, strict=True)
+            each = {
+                i: entry
+                for some, array in pairs
+                for i, (entry,) in zip(
+                    some, _units.by_unknown_places(array), strict=True
+                )
+            }
             for i in rest:
                 leaves[i] = reduce.scaled(leaves[i], each[i], square=ord == 2)
             of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0

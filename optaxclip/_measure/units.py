@@ -1,7 +1,6 @@
 """The numbers of all scopes as rules see them, and which of them is of which leaf."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,18 +79,40 @@ def of_leaf(packed: Packed, scopes: Sequence[Scope], leaves: Leaves) -> list[jax
 
     For a stack of layers, whose scopes are many, an array with the dimensions kept.
     """
+    return [entry for (entry,) in of_leaf_together((packed,), scopes, leaves)]
+
+
+def of_leaf_together(
+    columns: Sequence[Packed], scopes: Sequence[Scope], leaves: Leaves
+) -> list[tuple[jax.Array, ...]]:
+    """Returns the same of several that are packed alike, looked up together."""
     if EVERYTHING in scopes:
-        return [packed] * len(leaves.counted)
+        return [tuple(columns)] * len(leaves.counted)
     stacks = _stacks.of_leaves(leaves)
-    if any(stacks) and not isinstance(packed, Units):
-        return of_layers(packed, scopes, stacks)
-    if isinstance(packed, Units):
-        scopes = [(i,) for some in packed.places for i in some]
-        entries = [x for array in packed.arrays for x in _entries(array)]
+    is_fine = isinstance(columns[0], Units)
+    if any(stacks) and not is_fine:
+        found = (of_layers(column, scopes, stacks) for column in columns)
+        return list(zip(*found, strict=True))
+    if is_fine:
+        scopes = [(i,) for some in columns[0].places for i in some]
+        arrays = zip(*(column.arrays for column in columns), strict=True)
     else:
-        entries = _entries(packed)
-    pairs = zip(scopes, entries, strict=True)
-    return [x for _, x in sorted((i, x) for scope, x in pairs for i in scope)]
+        arrays = [columns]
+    entries = [entry for some in arrays for entry in _entries(*some)]
+    pairs = list(zip(scopes, entries, strict=True))
+    by_leaf = {i: entry for scope, entry in pairs for i in scope}
+    return [by_leaf[i] for i in range(len(by_leaf))]
+
+
+def of_each(
+    numbers: Any, scopes: Sequence[Scope], stacks: _stacks.Stacks
+) -> Sequence[Any]:
+    """Returns the number of each leaf, given those of all scopes, or that of all."""
+    if isinstance(numbers, float) or EVERYTHING in scopes:
+        return [numbers] * len(stacks)
+    if isinstance(numbers, Units):
+        return numbers.of_leaves()
+    return of_layers(numbers, scopes, stacks)
 
 
 def of_layers(
@@ -108,23 +129,24 @@ def of_layers(
     ]
 
 
-def _entries(array: jax.Array) -> list[jax.Array]:
-    """Returns ``array[i]`` for every i, on a CPU by way of blocks of the array.
+def _entries(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Returns the entries of all arrays at place 0, at place 1, ..."""
+    if len(arrays[0]) < 2 or not isinstance(arrays[0], Tracer):
+        return _rows(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=by_unknown_places, default=_rows)
 
-    There an entry of the whole would make the kernel of each leaf a different one, each
-    compiled for itself. Leaves at one place of their blocks share theirs.
+
+def _rows(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+    return list(zip(*arrays, strict=True))
+
+
+def by_unknown_places(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Does the same with places that a CPU's compiler does not know.
+
+    With a place that it knows the kernel of each leaf would be a different one, each
+    compiled for itself.
     """
-    if len(array) < 2 or not isinstance(array, Tracer):
-        return list(array)
-    return jax.lax.platform_dependent(array, cpu=_by_blocks, default=list)
-
-
-def _by_blocks(array: jax.Array) -> list[jax.Array]:
-    size = math.isqrt(len(array))
-    blocks = [_apart(array[i : i + size]) for i in range(0, len(array), size)]
-    return [entry for block in blocks for entry in block]
-
-
-def _apart(x: jax.Array) -> jax.Array:
-    """Returns ``x``, divided by 1: the compiler puts no division into many kernels."""
-    return x / jnp.where(x == x, 1, x)
+    places = jax.lax.optimization_barrier(list(np.arange(len(arrays[0]), dtype="i4")))
+    every = jnp.stack(arrays, axis=-1)
+    rows = [jax.lax.dynamic_index_in_dim(every, i, keepdims=False) for i in places]
+    return [tuple(row[..., k] for k in range(len(arrays))) for row in rows]

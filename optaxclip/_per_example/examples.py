@@ -52,12 +52,10 @@ def clipped(rule: Rule, splits: _splits.Splits, grads: Any) -> Example:
     measured = _scopes.measure(norms.formula(rule.norm), leaves, splits)
     limits = rule.limits(measured, leaves)
     scales, rests = scope_factors(rule.factor, measured, limits)
-    columns = [
-        _units.of_leaf(packed, measured.scopes, leaves) for packed in (scales, rests)
-    ]
-    rows = zip(leaves.measured(), *columns, strict=True)
+    parts = _units.of_leaf_together((scales, rests), measured.scopes, leaves)
+    rows = zip(leaves.measured(), parts, strict=True)
     return Example(
-        [x * scale * scale * rest for x, scale, rest in rows],
+        [x * scale * scale * rest for x, (scale, rest) in rows],
         measured.sizes(),
         total(scales, rests),
         jnp.any(measured.sizes() > limits),

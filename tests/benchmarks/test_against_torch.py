@@ -1,6 +1,8 @@
 """Both libraries are held to a clip in float64, and ours runs without the other."""
 
 import importlib.util
+import os
+import types
 
 import jax
 import numpy as np
@@ -44,3 +46,14 @@ def test_without_torch_it_says_how_to_get_it(against, monkeypatch, capsys):
     assert against.find_torch() is None
     assert "no row kept" in (printed := capsys.readouterr().out)
     assert f"pip install torch=={against.VERSION}" in printed
+
+
+@pytest.mark.parametrize(("threads", "cores"), [(2, [{4, 5}]), (4, [])])
+def test_fewer_threads_are_as_many_cores(against, monkeypatch, threads, cores):
+    asked, told = [], []
+    torch = types.SimpleNamespace(set_num_threads=told.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 5, 6, 4})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, own: asked.append(set(own)))
+    against.use_threads(torch, threads)
+    assert (asked, told) == (cores, [threads])

@@ -16,7 +16,7 @@ with nothing, the two in turn:
 
 Nearly all of one run is imports and compiling, which are the floor: the arithmetic of
 100 epochs takes a tenth of a second. To expect is less time than Keras takes for one
-run, and some fiftieth for all.
+run, and some thirtieth for all.
 
 Equal answers are equal distributions of the last MSE, for the two draw their parameters
 and batches by themselves: printed are its quartiles, and how likely samples of one

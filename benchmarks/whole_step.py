@@ -11,8 +11,9 @@ in a guard and in a record, after the four by the global norm have been seen to 
 same updates.
 
 A norm has to see all gradients before the first can be scaled, so the floor is to read
-them once more: the time of that is measured too. To expect is less than that, for
-most of them are in the cache still when they are summed: about 1 %. `no clip, again` is the same program on other arrays: what it adds is noise.
+them once more: the time of that is measured too. To expect is less than that, about
+1 %, for most of them are in the cache still when they are summed. `no clip, again` is
+the same program on other arrays: what it adds is noise.
 
 What is added is told in percent of the step without a clip: its median and quartiles
 over rounds, by the clock, and then in seconds of the processor, which count no others.

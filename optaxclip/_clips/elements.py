@@ -53,6 +53,8 @@ def _over(x: jax.Array, bounds: Bounds) -> jax.Array:
     By arithmetic alone, which a CPU does in the loop that adds them up: it would write
     what a comparison gives to memory, first.
     """
+    # Bounds of its own, for what the clip shares with the sum would go to memory too.
+    bounds = jax.lax.optimization_barrier(bounds)
     size = jnp.abs(x) if jnp.iscomplexobj(x) else x
     low = -bounds[0] if len(bounds) == 1 else bounds[0]
     excess = jnp.maximum(jnp.maximum(size - bounds[-1], low - size), 0)

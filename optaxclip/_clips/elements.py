@@ -31,7 +31,8 @@ class Seen(NamedTuple):
 
 def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     """Measures the leaves."""
-    splits, measured = _splits.splits(leaves), leaves.measured()
+    splits = _splits.splits(leaves)
+    measured, bounds = jax.lax.stop_gradient((leaves.measured(), bounds))
     over = [_over(x, some) for x, some in zip(measured, bounds, strict=True)]
     sizes = np.array(formulas.sizes(leaves.tree(over), splits), leaves.dtype)
     largest, counts = (
@@ -39,8 +40,8 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
         for tree, ord in ((leaves.tree(measured), jnp.inf), (leaves.tree(over), 1))
     )
     counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
-    stats = infinity.replaced(largest.astype(leaves.dtype)), counts / sizes
-    found = Seen(*jax.lax.stop_gradient(stats), counted)
+    largest = infinity.replaced(largest.astype(leaves.dtype))
+    found = Seen(largest, counts / sizes, counted)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return found  # JAX 0.8 takes all of them to vary where one does
     return Seen(*jax.lax.optimization_barrier(tuple(found)))

@@ -54,7 +54,16 @@ class Plain(NamedTuple):
 
     def norms(self, updates: Any) -> Packed:
         """Returns the norms, which is for updates that are neither large nor small."""
-        return self.scaled(updates, 1.0, layouts.AS_THEY_ARE)
+
+        def laid_out(layout: layouts.Layout) -> Callable[[Any], Packed]:
+            return lambda updates: self.scaled(updates, 1.0, layout)
+
+        return jax.lax.platform_dependent(
+            updates,
+            cpu=laid_out(layouts.ON_CPU),
+            cuda=laid_out(layouts.ON_GPU),
+            default=laid_out(layouts.AS_THEY_ARE),
+        )
 
 
 Formula = Callable[[Any, _splits.Splits], Plain]  # of updates, and how they are split

@@ -17,7 +17,7 @@ import helpers
 import in_numpy
 from helpers import oc
 from optaxclip import norms
-from optaxclip._measure import reduce, units as _units
+from optaxclip._measure import layouts, units as _units
 from optaxclip._trees import leaves as _leaves
 from table import every_clip, first_step, references
 
@@ -49,8 +49,8 @@ def where(sequence, value):
 
 def test_the_leaves_are_on_both_sides_of_the_limit_and_out_of_order():
     sizes = [x.size for x in jax.tree.leaves(helpers.random_tree(shapes=SHAPES))]
-    assert {reduce._SMALL + d for d in (-1, 0, 1)} <= set(sizes)
-    small = [size for size in sizes if size < reduce._SMALL]
+    assert {layouts.ON_CPU.small + d for d in (-1, 0, 1)} <= set(sizes)
+    small = [size for size in sizes if size < layouts.ON_CPU.small]
     joined = [i for size in dict.fromkeys(small) for i in where(small, size)]
     assert joined != sorted(joined)
 

@@ -67,6 +67,13 @@ TABLES = {
         },
         floor="`one read` of the gradients, from memory.",
     ),
+    "compiled": Table(
+        "compiled",
+        {"clip": "clip", **TREE, "dtype": "dtype", "floor_traffic": "floor"},
+        {"kernels": "kernels", "traffic": "traffic", "temporary": "temporary"},
+        "contender",
+        floor="of traffic, as many passes over memory as the clip needs: the column.",
+    ),
     "compile_time": Table(
         "compile_time",
         {"clip": "clip", "leaves": "leaves"},

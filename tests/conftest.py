@@ -1,5 +1,6 @@
 """What every test needs: eight virtual devices, strict shapes, and one precision."""
 
+import importlib
 import itertools
 import os
 import pathlib
@@ -120,3 +121,12 @@ def dtype(request):
     """Every dtype of the contract; 64 bits are switched on only where needed."""
     with jax.enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """Imports a benchmark, or what they share, from its folder, as running it does."""
+    folder = pathlib.Path(__file__).parents[1] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module

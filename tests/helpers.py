@@ -173,3 +173,12 @@ def run(clip: Clip, update: Callable[..., Any], steps, params) -> tuple[list, An
         out, state = update(updates, state, params)
         clipped.append(out)
     return clipped, state
+
+
+def steps(jaxpr):
+    """Returns every step of a traced program, and of those inside its steps."""
+    for step in jaxpr.eqns:
+        yield step
+        for some in jax.tree.leaves(list(step.params.values())):
+            inner = getattr(some, "jaxpr", some)
+            yield from steps(inner) if hasattr(inner, "eqns") else ()

@@ -116,21 +116,13 @@ def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_dev
     check(norm, truth, magnitude)
 
 
-def steps(jaxpr):
-    for step in jaxpr.eqns:
-        yield step
-        for some in jax.tree.leaves(list(step.params.values())):
-            inner = getattr(some, "jaxpr", some)
-            yield from steps(inner) if hasattr(inner, "eqns") else ()
-
-
 def sums_by_platform(norm, updates):
     """Returns how many sums there are on a CPU, a GPU and a TPU."""
     program = jax.make_jaxpr(norm)(updates).jaxpr
-    choices = [x for x in steps(program) if x.params.get("branches_platforms")]
+    choices = [x for x in helpers.steps(program) if x.params.get("branches_platforms")]
     branches = choices[0].params["branches"]  # then come those for the entries
     return [
-        sum(step.primitive.name == "reduce_sum" for step in steps(branch.jaxpr))
+        sum(step.primitive.name == "reduce_sum" for step in helpers.steps(branch.jaxpr))
         for branch in branches
     ]
 

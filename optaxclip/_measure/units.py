@@ -133,6 +133,8 @@ def _entries(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
     """Returns the entries of all arrays at place 0, at place 1, ..."""
     if len(arrays[0]) < 2 or not isinstance(arrays[0], Tracer):
         return _rows(*arrays)
+    if arrays[0].ndim > 1:  # or the product of a CPU would look up each number anew
+        return _rows(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=by_unknown_places, default=_rows)
 
 

@@ -233,3 +233,10 @@ def test_the_second_pass_that_is_rarely_taken_needs_no_copy_of_the_updates(make)
     memory: Any = compiled.memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(grads))
     assert memory.temp_size_in_bytes < size / 5
+
+
+def test_the_statistics_of_a_clip_by_value_need_no_copy_of_the_updates():
+    clip, updates = oc.clip_by_value(0.01), {"w": jnp.ones((1024, 512))}
+    update = jax.jit(clip.update, donate_argnums=(0, 1))
+    memory: Any = update.lower(updates, clip.init(updates)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < updates["w"].nbytes / 5

@@ -55,7 +55,7 @@ def diagnose(history: Any, params: Any = None) -> dict[str, str]:
         be told, with values also weights that are not finite, or huge.
 
     Returns:
-      A dictionary from names to sentences, worst first:
+      A dictionary from names to sentences, worst first. The names are
 
       * ``not_finite``: NaN or infinity that nothing announced;
       * ``exploded``: the norm, or the loss, grew tenfold or more, then NaN;

@@ -64,7 +64,7 @@ def suggest_max_norm(
       share: of the norm of the parameters, which the longest step may move them by.
 
     Returns:
-      The threshold, in units of the gradients: a Python number.
+      The threshold, a Python number in units of the gradients.
 
     Raises:
       TypeError, ValueError: an argument that can't be meant; params that are not finite

@@ -29,7 +29,7 @@ def live(history: Any) -> Any:
       history: what ``optaxclip.history`` returns, or takes.
 
     Returns:
-      A renderable of rich: print it, or update a ``rich.live.Live`` with it.
+      A renderable of rich. Print it, or update a ``rich.live.Live`` with it.
 
     Raises:
       ImportError: rich is not installed.

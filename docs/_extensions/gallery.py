@@ -1,0 +1,94 @@
+"""A page for each lesson, and one of all of them, made of the lessons themselves."""
+
+import ast
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "gallery"
+
+PAGE = """\
+# {title}
+
+{text}
+
+![What {stem}.py draws](../figures/lessons/{stem}.png)
+
+```{{literalinclude}} ../../examples/{stem}.py
+:language: python
+:lines: {first_line}-
+```
+
+To run it in a clone: `pip install -e ".[examples]"`, `python examples/{stem}.py`.
+"""
+
+INDEX = """\
+# Gallery
+
+Each lesson is one file of at most 120 lines, read from top to bottom, that can be
+copied alone: data, model, optimizer with the clip, step, loop, figure.
+
+::::{{grid}} 1 2 2 3
+:gutter: 3
+
+{cards}
+::::
+
+```{{toctree}}
+:hidden:
+
+{stems}
+```
+"""
+
+CARD = """\
+:::{{grid-item-card}} {title}
+:link: {stem}
+:link-type: doc
+:img-bottom: ../figures/lessons/{stem}.png
+:img-alt: What {stem}.py draws
+:::
+"""
+
+
+def lessons():
+    """Gives the files, those for beginners first."""
+    paths = sorted((ROOT / "examples").glob("*.py"))
+    return sorted(paths, key=lambda path: path.stem not in FIRST)
+
+
+FIRST = "mlp_regression", "find_the_explosion", "choose_a_threshold"
+
+
+def parts(path):
+    """Splits a lesson into what its page is made of."""
+    source = path.read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    title, _, text = docstring.partition("\n")
+    return {
+        "stem": path.stem,
+        "title": title.rstrip("."),
+        # What is printed is indented; Markdown wants an empty line before it.
+        "text": re.sub(r"^(\S.*)\n(?=    )", r"\1\n\n", text.strip(), flags=re.M),
+        "first_line": source[: source.index("import ")].count("\n") + 1,
+    }
+
+
+def write(app):
+    """Writes the pages that are not there, or not as they should be."""
+    PAGES.mkdir(exist_ok=True)
+    all_parts = [parts(path) for path in lessons()]
+    cards = "\n".join(CARD.format(**part) for part in all_parts)
+    stems = "\n".join(part["stem"] for part in all_parts)
+    pages = {part["stem"]: PAGE.format(**part) for part in all_parts}
+    pages["index"] = INDEX.format(cards=cards, stems=stems)
+    for stem, page in pages.items():
+        path = PAGES / f"{stem}.md"
+        if not path.exists() or path.read_text(encoding="utf-8") != page:
+            path.write_text(page, encoding="utf-8")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

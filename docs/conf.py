@@ -28,7 +28,8 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_extensions"]
+exclude_patterns = ["_extensions", "_templates"]
+templates_path = ["_templates"]
 nitpicky = True
 suppress_warnings = ["config.cache"]
 
@@ -38,6 +39,7 @@ myst_heading_anchors = 3
 
 # Docstrings
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # what a parameter takes stands in words beside its name
 napoleon_custom_sections = ["Guarantees"]
 napoleon_google_docstring = True
@@ -49,13 +51,15 @@ html_theme = "pydata_sphinx_theme"
 html_title = "optaxclip"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}
+html_sidebars = {"**": ["all-pages"]}
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
-    "navbar_align": "left",
+    "navbar_center": [],
     "navigation_with_keys": False,
-    "header_links_before_dropdown": 5,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -1,6 +1,7 @@
-"""Trees of updates, their bits, types and tolerances: what every test needs."""
+"""Trees of updates, their bits, types and tolerances, and a browser to look with."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -182,3 +183,14 @@ def steps(jaxpr):
         for some in jax.tree.leaves(list(step.params.values())):
             inner = getattr(some, "jaxpr", some)
             yield from steps(inner) if hasattr(inner, "eqns") else ()
+
+
+def which_browser() -> str:
+    """Returns the path of a browser to look at pages with."""
+    for name in "chromium", "chromium-browser", "google-chrome", "chrome":
+        if found := shutil.which(name):
+            return found
+    raise AssertionError(
+        "Expected a browser, to look at pages: `apt-get install chromium`, or put"
+        " a `chromium` or `google-chrome` on the path."
+    )

@@ -6,6 +6,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "gallery"
+FIRST = "mlp_regression", "find_the_explosion", "choose_a_threshold"
 
 PAGE = """\
 # {title}
@@ -37,7 +38,7 @@ copied alone: data, model, optimizer with the clip, step, loop, figure.
 ```{{toctree}}
 :hidden:
 
-{stems}
+{entries}
 ```
 """
 
@@ -53,11 +54,8 @@ CARD = """\
 
 def lessons():
     """Gives the files, those for beginners first."""
-    paths = sorted((ROOT / "examples").glob("*.py"))
-    return sorted(paths, key=lambda path: path.stem not in FIRST)
-
-
-FIRST = "mlp_regression", "find_the_explosion", "choose_a_threshold"
+    stems = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+    return [*(stems.pop(first) for first in FIRST), *stems.values()]
 
 
 def parts(path):
@@ -69,7 +67,7 @@ def parts(path):
         "stem": path.stem,
         "title": title.rstrip("."),
         # What is printed is indented; Markdown wants an empty line before it.
-        "text": re.sub(r"^(\S.*)\n(?=    )", r"\1\n\n", text.strip(), flags=re.M),
+        "text": re.sub(r"^(\S.*)\n(?=    \S)", r"\1\n\n", text.strip("\n"), flags=re.M),
         "first_line": source[: source.index("import ")].count("\n") + 1,
     }
 
@@ -79,9 +77,9 @@ def write(app):
     PAGES.mkdir(exist_ok=True)
     all_parts = [parts(path) for path in lessons()]
     cards = "\n".join(CARD.format(**part) for part in all_parts)
-    stems = "\n".join(part["stem"] for part in all_parts)
+    entries = "\n".join("{stem}.py <{stem}>".format(**part) for part in all_parts)
     pages = {part["stem"]: PAGE.format(**part) for part in all_parts}
-    pages["index"] = INDEX.format(cards=cards, stems=stems)
+    pages["index"] = INDEX.format(cards=cards, entries=entries)
     for stem, page in pages.items():
         path = PAGES / f"{stem}.md"
         if not path.exists() or path.read_text(encoding="utf-8") != page:

@@ -2,7 +2,6 @@
 
 import html
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 import small_runs
-from helpers import oc
+from helpers import oc, which_browser
 
 pytestmark = pytest.mark.thorough
 
@@ -32,22 +31,12 @@ parent.document.title = JSON.stringify({
 </script></body>"""
 
 
-def browser():
-    for name in "chromium", "chromium-browser", "google-chrome", "chrome":
-        if found := shutil.which(name):
-            return found
-    raise AssertionError(
-        "Expected a browser, to look at the report: `apt-get install chromium`, or put"
-        " a `chromium` or `google-chrome` on the path."
-    )
-
-
 def opened(path, tmp_path, width, *options):
     """Opens a page; returns what it printed, and what the browser complained of."""
     profile = f"--user-data-dir={tmp_path / f'profile {width}'}"
     size = f"--window-size={width},2200"
     done = subprocess.run(
-        [browser(), *QUIET, profile, size, *options, path.as_uri()],
+        [which_browser(), *QUIET, profile, size, *options, path.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,

@@ -105,4 +105,4 @@ from optaxclip._per_example.optax_names import (
 )
 from optaxclip.norms import global_norm as global_norm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

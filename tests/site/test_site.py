@@ -79,7 +79,7 @@ def address(site):
 
 
 class Silent(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 

@@ -8,6 +8,7 @@ from optaxclip import (
 )
 from optaxclip._advice.diagnose import diagnose as diagnose
 from optaxclip._advice.suggest import suggest_max_norm as suggest_max_norm
+from optaxclip._checkpoints.carry import carry_over as carry_over
 from optaxclip._clips.acclip import AcclipState as AcclipState, acclip as acclip
 from optaxclip._clips.by_norm import (
     clip_by_block_rms as clip_by_block_rms,

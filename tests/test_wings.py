@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "optaxclip"
 FLOORS = (  # from the ground
     *("_arguments", "_trees", "_mesh", "_measure", "norms", "factors"),
     *("_thresholds", "thresholds", "_engine", "_clips", "_guards"),
-    *("_per_example", "_cotangents", "_looking", "_advice", "_plots", "plot", "_pages"),
+    *("_per_example", "_cotangents", "_looking", "_checkpoints"),
+    *("_advice", "_plots", "plot", "_pages"),
     *("__init__", "__main__"),
 )
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -23,6 +23,7 @@ COLUMNS = ["call", "norm", "threshold", "factor", "state", "take it", "source"]
 
 # Public functions that are no rules: {name: what they are}.
 NO_RULES = {
+    "carry_over": "turns an old state into a new one",
     "clip_by": "makes all those that aren't flat",
     "cotangent_stats": "a dummy parameter",
     "diagnose": "reads a history",

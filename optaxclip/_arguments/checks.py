@@ -125,19 +125,43 @@ def mapping(
         check(entry, f"{what}[{pattern!r}]")
 
 
-def state(value: Any, kind: type) -> None:
-    """Raises unless ``value`` is the state of this kind of clip, or None."""
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(
-            f"Expected a state of type {kind.__name__}, got {type(value).__name__}: it"
-            " belongs to another clip. Call `state = clip.init(params)`, and"
-            " `clip.update(updates, state, params)` in this order."
-        )
+def own_state(value: Any, kind: type, params: Any) -> Any:
+    """Returns ``value`` if it is the state of this clip, None if it is no clip's.
+
+    Callers pass along what Optax's clips never read: ``optax.EmptyState()``, a whole
+    train state. Only what is surely a mistake raises: the state of another clip, and
+    that of any clip in the place of the params.
+    """
+    if isinstance(value, kind):
+        return value
+    if _is_ours(value) or _is_ours(params):
+        raise TypeError(_other(value, kind))
+    return None
+
+
+def came(value: Any) -> str:
+    """Returns what was given for a state, in words."""
+    return "none" if value is None else f"a {type(value).__name__}"
+
+
+def _is_ours(value: Any) -> bool:
+    """Returns whether ``value`` is a state of this library."""
+    is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+    return is_named and type(value).__module__.startswith("optaxclip.")
+
+
+def _other(value: Any, kind: type) -> str:
+    return (
+        f"Expected a state of type {kind.__name__}, got {type(value).__name__}: it"
+        " belongs to another clip. Call `state = clip.init(params)`, and"
+        " `clip.update(updates, state, params)` in this order."
+    )
 
 
 def needed_state(value: Any, kind: type) -> None:
     """Raises unless ``value`` is the state of this kind, which is never left out."""
-    state(value, kind)
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(_other(value, kind))
     if value is None:
         raise ValueError(
             f"Expected a state of type {kind.__name__}, got None. Call `state ="

@@ -65,9 +65,9 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`ClipByValueState`. Without a schedule, ``update`` also takes None or
-      ``optax.EmptyState()`` for the state, and returns it unchanged: then nothing is
-      measured.
+      :class:`ClipByValueState`. Without a schedule, ``update`` also takes None,
+      ``optax.EmptyState()`` or whatever else is no clip's for the state, and returns it
+      unchanged: then nothing is measured.
 
     Raises:
       TypeError: a limit that is not a number, a pair, a schedule or a mapping; a range
@@ -106,14 +106,13 @@ def clip_by_value(limit: Limit) -> optax.GradientTransformationExtraArgs:
         leaves = _leaves.flatten(updates)
         summed.check_summed(leaves, params)
         entries = _entries(limit, leaves)
-        old: Any = None if isinstance(state, optax.EmptyState) else state
-        checks.state(old, ClipByValueState)
+        old = checks.own_state(state, ClipByValueState, params)
         if old is None:
             if any(map(callable, entries)):
                 raise ValueError(
                     "Expected the state of this clip, whose limit is a schedule, got"
-                    " none. Call `state = clip.init(params)` once and pass the"
-                    " state along."
+                    f" {checks.came(state)}. Call `state = clip.init(params)` once and"
+                    " pass the state along."
                 )
         now = None if old is None else old.update_count
         bounds = {

@@ -60,8 +60,9 @@ def clip_by(
 
     Returns:
       A :class:`optax.GradientTransformationExtraArgs` with state :class:`ClipState`. If
-      the threshold needs no state, ``update`` also takes None or ``optax.EmptyState()``
-      for the state, and returns it unchanged.
+      the threshold needs no state, ``update`` also takes None, ``optax.EmptyState()``
+      or whatever else is no clip's for the state, and returns it unchanged: then there
+      are no statistics.
 
     Raises:
       TypeError: when building, for a threshold of the wrong type, or an optimizer for
@@ -152,12 +153,11 @@ def decided(
     extra_args: dict[str, Any],
 ) -> Decision:
     """Returns what to do about norms that somebody measured."""
-    old: Any = None if isinstance(state, optax.EmptyState) else state
-    checks.state(old, ClipState)
+    old = checks.own_state(state, ClipState, params)
     threshold = rule.threshold
     if old is None:
         count = jnp.zeros((), jnp.int32)
-        past = _limits.stateless(threshold, measured, leaves)
+        past = _limits.stateless(threshold, measured, leaves, state)
     else:
         old = _state.typed(old)
         count, past = old.update_count, old.rule_state

@@ -33,15 +33,15 @@ def init(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
     return states if isinstance(threshold, Mapping) else states[0]
 
 
-def stateless(threshold: Any, measured: Measured, leaves: Leaves) -> Any:
+def stateless(threshold: Any, measured: Measured, leaves: Leaves, given: Any) -> Any:
     """Returns the state of a threshold that needs none, and raises if it needs one."""
     state = init(threshold, measured, leaves)
     entries = [entry for entry, _ in _entries(threshold, measured.scopes, leaves)]
     if jax.tree.leaves(state) or any(map(_is_schedule, entries)):
         raise ValueError(
             "Expected the state of this clip, whose threshold changes from step to"
-            " step, got none. Call `state = clip.init(params)` once and pass the state"
-            " along."
+            f" step, got {checks.came(given)}. Call `state = clip.init(params)` once"
+            " and pass the state along."
         )
     return state
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks import _tables
+from benchmarks import _site, _tables
 
 FOLDER = pathlib.Path(__file__).parent
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -126,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"expected some of {SCRIPTS}, got {sorted(strangers)}")
     wrongs = {} if args.tables else run_all(args)
     _tables.PAGE.write_text(_tables.rewrite(_tables.PAGE.read_text()))
+    for page, text in _site.rewrite().items():
+        page.write_text(text)
     for name, wrong in wrongs.items():
         print(f"FAILED: {name}: {wrong}")
     return len(wrongs) > 0

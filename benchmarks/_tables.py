@@ -34,7 +34,7 @@ class Table(NamedTuple):
       head: fields that begin a line, with their titles.
       figures: fields that are shown, with their titles.
       pivot: field of which each value has figures of its own, side by side.
-      only: values that a row must have to be shown, by field.
+      only: values that a row must have to be shown, by field; one, or one of a tuple.
       floor: sentence on what can't be undercut.
     """
 
@@ -165,20 +165,30 @@ TABLES = {
 }
 
 
-def rewrite(text: str, folder: pathlib.Path = _results.FOLDER) -> str:
+def rewrite(
+    text: str,
+    folder: pathlib.Path = _results.FOLDER,
+    tables: Mapping[str, Table] | None = None,
+) -> str:
     """Puts the tables of the rows in a folder into their places in a text.
+
+    Args:
+      text: of the page.
+      folder: of the rows.
+      tables: those of the page; None for those of `README.md`.
 
     Raises:
       ValueError: a place has a name that no table has, or a table has no place.
     """
+    tables = TABLES if tables is None else tables
     places = [place[2] for place in PLACE.finditer(text)]
-    if sorted(places) != sorted(TABLES):
+    if sorted(places) != sorted(tables):
         raise ValueError(
             f"Each table needs one place, `<!-- table: NAME -->` and `<!-- end -->`:"
-            f" there are tables {sorted(TABLES)}, and places {sorted(places)}. Add"
+            f" there are tables {sorted(tables)}, and places {sorted(places)}. Add"
             " the place to the page, or the table to `TABLES`."
         )
-    return PLACE.sub(lambda x: x[1] + render(TABLES[x[2]], folder) + x[3], text)
+    return PLACE.sub(lambda x: x[1] + render(tables[x[2]], folder) + x[3], text)
 
 
 def render(table: Table, folder: pathlib.Path) -> str:
@@ -196,9 +206,13 @@ def newest(table: Table, rows: Iterable[Row]) -> list[Row]:
     """Returns the row of each cell's setting that was made last, whatever made it."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
-        if all(row[name] == value for name, value in table.only.items()):
+        if all(_is_among(row[name], value) for name, value in table.only.items()):
             found[*(row[name] for name in table.head), row.get(table.pivot)] = row
     return list(found.values())
+
+
+def _is_among(value: Any, allowed: Any) -> bool:
+    return value in allowed if isinstance(allowed, tuple) else value == allowed
 
 
 def describe(rows: Sequence[Row]) -> str:

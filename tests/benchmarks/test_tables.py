@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import _tables
+from benchmarks import _site, _tables
 
 TABLE = _tables.Table(
     "speed", {"tree": "tree"}, {"ms": "ms", "ratio": "x"}, "contender", floor="0 ms."
@@ -52,6 +52,13 @@ def test_the_page_shows_the_rows_that_are_kept():
     assert _tables.rewrite(text) == text, message
 
 
+def test_the_pages_of_the_site_show_the_rows_that_are_kept():
+    message = "`python -m benchmarks --tables` makes the pages anew"
+    assert _site.PAGES
+    for page, text in _site.rewrite().items():
+        assert page.read_text() == text, message
+
+
 def test_contenders_stand_side_by_side_and_trees_go_from_small_to_large():
     rows = [make_row("gpt2", "optax", ms=3.0), make_row("gpt2"), make_row()]
     assert lines_of(*rows) == [
@@ -81,6 +88,12 @@ def test_rows_of_other_work_are_not_shown():
     table = TABLE._replace(only={"work": "step"})
     rows = [make_row(work="step"), make_row("gpt2", work="clip alone")]
     assert [line[0] for line in lines_of(*rows, table=table)] == ["tree", "lstm"]
+
+
+def test_rows_of_one_of_several_values_are_shown():
+    table = TABLE._replace(only={"contender": ("ours", "optax")})
+    rows = [make_row(contender=name) for name in ("ours", "optax", "no clip")]
+    assert lines_of(*rows, table=table)[0][1:3] == ["optax ms", "ours ms"]
 
 
 def test_each_device_has_a_part_with_versions_days_and_floor(render):

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from optaxclip import norms
 from optaxclip._arguments import checks, mistakes
-from optaxclip._measure import scopes as _scopes
+from optaxclip._measure import scopes as _scopes, units as _units
 from optaxclip._thresholds.averages import (
     MeanRmsState as MeanRmsState,
     MeanState as MeanState,
@@ -96,7 +96,7 @@ def relative_to_params(
                 " None. Call `clip.update(updates, state, params)`."
             )
         leaves = _leaves.flatten(params)
-        own = _scopes.measure(formula, leaves).sizes()
+        own = _units.like(_scopes.measure(formula, leaves).sizes(), updates)
         shapes = jax.tree.map(jnp.shape, own), jax.tree.map(jnp.shape, updates)
         if shapes[0] != shapes[1]:
             raise ValueError(

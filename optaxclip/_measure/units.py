@@ -37,6 +37,11 @@ class Units:
         rows = {i: array[row] for some, array in pairs for row, i in enumerate(some)}
         return [rows[i] for i in range(len(rows))]
 
+    def shapes(self) -> dict[int, tuple[int, ...]]:
+        """Returns the shape of the numbers of every leaf, by its place."""
+        pairs = zip(self.places, self.arrays, strict=True)
+        return {i: array.shape[1:] for some, array in pairs for i in some}
+
     def of_some(self, chosen: Sequence[int]) -> "Units":
         """Returns the numbers of some leaves."""
         new = {old: place for place, old in enumerate(chosen)}
@@ -49,6 +54,27 @@ def joined(leaves: Sequence[jax.Array], places: Sequence[Scope]) -> Units:
     """Returns the numbers of all leaves, those at some places in one array each."""
     arrays = [jnp.stack([leaves[i] for i in some]) for some in places]
     return Units(arrays, tuple(places))
+
+
+def rejoined(units: Units, places: Sequence[Scope]) -> Units:
+    """Returns the numbers of all leaves, those at some other places in one array."""
+    arrays = dict(zip(units.places, units.arrays, strict=True))
+    if any(some not in arrays for some in places):
+        leaves = units.of_leaves()
+        new = {some: jnp.stack([leaves[i] for i in some]) for some in places}
+        arrays = new | arrays
+    return Units([arrays[some] for some in places], tuple(places))
+
+
+def like(packed: Packed, other: Packed) -> Packed:
+    """Returns the numbers joined as others are, if they are of equal units.
+
+    In which order arrays come, and what is in one, depends on all leaves there are.
+    """
+    if not isinstance(packed, Units) or not isinstance(other, Units):
+        return packed
+    equal = packed.shapes() == other.shapes()
+    return rejoined(packed, other.places) if equal else packed
 
 
 def ones_at(leaves: frozenset[int], packed: Packed, scopes: Sequence[Scope]) -> Packed:

@@ -176,6 +176,14 @@ def test_adaptive_grad_clip_takes_axes_and_exclusions_by_pattern():
     np.testing.assert_array_equal(out["head"]["kernel"], updates["head"]["kernel"])
 
 
+def test_adaptive_grad_clip_excludes_the_first_leaf_of_a_shape():
+    """Units of leaves of one shape are in one array, in the order of the first."""
+    params = {"a": jnp.ones((4, 2)), "b": jnp.ones((4, 3)), "c": jnp.ones((4, 2))}
+    clip = oc.adaptive_grad_clip(0.5, exclude=("a",))
+    out = clip.update(params, clip.init(params), params)[0]
+    helpers.assert_close(out, params | {k: params[k] / 2 for k in "bc"})
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("params_dtype", ["float16", "bfloat16", "float32"])
 def test_adaptive_grad_clip_keeps_the_dtype_of_the_updates(dtype, params_dtype):

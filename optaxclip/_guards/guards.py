@@ -42,8 +42,8 @@ def skip_if_nonfinite(
     What comes out of ``inner`` is looked at as well: a schedule may return NaN, ``eps``
     may be 0 in float16, a step may take a parameter to infinity. If an update is not
     finite, or makes of a finite parameter one that is not, the step is skipped in the
-    same way. Of a leaf with more than 1024 elements so many, evenly spread, decide on
-    this. Any other that breaks is held by itself, at a parameter that keeps its bits,
+    same way. Of a leaf with more than 1024 elements up to so many, evenly spread, decide
+    on this. Any other that breaks is held by itself, at a parameter that keeps its bits,
     uncounted, while the rest of the step is taken: for all to decide, the optimizer
     would take half as long again. Where leaves may be spread over devices, all decide.
 

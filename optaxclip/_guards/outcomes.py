@@ -5,7 +5,6 @@ parameter one that is not. A parameter that was not finite before is no fault of
 update's.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optaxclip._guards import slices
 from optaxclip._measure import stacks as _stacks
 from optaxclip._mesh import collectives
 from optaxclip._trees.leaves import Leaves
@@ -26,13 +26,16 @@ def like_updates(params: Any) -> Any:
     return params.fast if isinstance(params, optax.LookaheadParams) else params
 
 
-def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
+def broken(
+    updates: Any, params: Any, leaves: Leaves, take: slices.Take = slices.sliced
+) -> jax.Array:
     """Returns whether something of each counted leaf broke, or of each layer in it.
 
     Args:
       updates: what came out.
       params: those that they will be added to, or None.
       leaves: what came in.
+      take: how to take a slice.
 
     Returns:
       Booleans, the same on all devices, and one more at their end, for leaves that did
@@ -42,24 +45,22 @@ def broken(updates: Any, params: Any, leaves: Leaves) -> jax.Array:
     stacks = dict(zip(leaves.counted, _stacks.of_leaves(leaves), strict=True))
     places = dict(zip(leaves.counted, starts, strict=True))
     fits = _fits(updates, leaves)
-    found: dict[Any, list[tuple[int, jax.Array]]] = {}
+    found: list[jax.Array] = []
+    own: list[int] = []
     every = zip(jax.tree.leaves(updates), _paired(updates, params), strict=True)
     for i, (update, param) in enumerate(every):
         if _counts(update):
             leaf = i % max(len(leaves.leaves), 1)
             stack = stacks.get(leaf) if fits else None
-            flags = _looked_at(update, param, stack)
+            flags = _looked_at(update, param, stack, take)
             place = places.get(leaf, rest) if fits else rest
-            found.setdefault(flags.shape, []).append((place, flags))
-    flags, own = [], []
-    for shape, some in found.items():  # one kernel for all of one size
-        rows = jnp.any(jnp.stack([x for _, x in some]), axis=2)
-        flags.append(rows.reshape(rows.size))
-        own += [place + layer for place, _ in some for layer in range(shape[0])]
-    if not flags:
+            found.append(flags)
+            own += range(place, place + flags.shape[0])
+    if not found:
         return jnp.zeros(rest + 1, bool)
+    flags = jnp.any(_joined(found), axis=1)
     is_own = np.arange(rest + 1)[:, None] == np.array(own)
-    flags = jnp.any(is_own & jnp.concatenate(flags), axis=1)
+    flags = jnp.any(is_own & flags, axis=1)
     manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     return collectives.anywhere(flags, manual)
 
@@ -70,22 +71,31 @@ def entries(leaves: Leaves) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 
 
-def _looked_at(update: Any, param: Any, stack: _stacks.Stack | None) -> jax.Array:
+def _looked_at(
+    update: Any, param: Any, stack: _stacks.Stack | None, take: slices.Take
+) -> jax.Array:
     """Returns which elements broke, of those that decide: a row for each layer."""
-    if stack:
-        update, param = (
-            None if x is None else jnp.moveaxis(x, stack.axis, 0)
-            for x in (update, param)
-        )
-    count = stack.size if stack else 1
     if not collectives.is_local(jnp.asarray(update)):
-        flags = _elements(update, param)
-        axes = tuple(range(1 if stack else 0, flags.ndim))
-        flags = collectives.replicated(jnp.any(flags, axis=axes)).reshape(count, 1)
+        flags = _layers_first(_elements(update, param), stack)
+        axes = tuple(range(1, flags.ndim))
+        rows = collectives.replicated(jnp.any(flags, axis=axes))[:, None]
     else:
-        rows = _sample(update, count)
-        flags = _elements(rows, None if param is None else _sample(param, count))
-    return stack.every(flags.T).T if stack else flags
+        by = _strides(jnp.shape(update), stack)
+        flags = _elements(*(x if x is None else take(x, by) for x in (update, param)))
+        flags = _layers_first(flags, stack)
+        rows = flags.reshape(flags.shape[0], -1)
+    return stack.every(rows.T).T if stack else rows
+
+
+def _joined(rows: list[jax.Array]) -> jax.Array:
+    """Returns all rows as one matrix, which takes one kernel."""
+    length = max(x.shape[1] for x in rows)
+    filled = (jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in rows)
+    return jnp.concatenate(list(filled))
+
+
+def _layers_first(flags: jax.Array, stack: _stacks.Stack | None) -> jax.Array:
+    return jnp.moveaxis(flags, stack.axis, 0) if stack else flags[None]
 
 
 def held(updates: Any, params: Any) -> Any:
@@ -133,12 +143,13 @@ def _fits(updates: Any, leaves: Leaves) -> bool:
     return jax.tree.structure(updates) == leaves.treedef
 
 
-def _sample(x: Any, rows: int) -> jax.Array:
-    """Returns all elements of a small leaf, and some of a large one, evenly spread."""
-    flat = jnp.reshape(x, (rows, -1))
-    size = flat.shape[1]
-    # Not a slice with steps: for one of four million elements a TPU has no room.
-    return flat[:, np.arange(0, size, max(1, math.ceil(size / LOOKED_AT)))]
+def _strides(shape: tuple[int, ...], stack: _stacks.Stack | None) -> tuple[int, ...]:
+    """Returns those of some elements of each layer, of all of a small one."""
+    if stack is None:
+        return slices.strides(shape, LOOKED_AT)
+    i = stack.axis
+    by = slices.strides(shape[:i] + shape[i + 1 :], LOOKED_AT)
+    return *by[:i], 1, *by[i:]
 
 
 def _counts(x: Any) -> bool:

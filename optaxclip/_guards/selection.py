@@ -21,14 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from optaxclip._guards import outcomes
+from optaxclip._guards import outcomes, slices
 
 # Not to be repeated, where they make something large.
 _HEAVY = {"cond", "scan", "while", "dot_general", "conv_general_dilated", "sort", "fft"}
 _HEAVY |= {"cholesky", "eigh", "svd", "qr", "lu", "triangular_solve"}
 _HARMLESS = 0.5  # a finite number whose root, logarithm and inverse have derivatives
 
-Look = Callable[[Any, Any], jax.Array]  # updates, params -> which broke
+# Updates, params, and how to take a slice -> which broke.
+Look = Callable[[Any, Any, slices.Take], jax.Array]
 
 
 class Taken(NamedTuple):
@@ -68,49 +69,54 @@ def take(
     """
     if _known(skip) is not None:  # nothing is compiled
         updates, new = step()
-        broken = look(updates, params)
+        broken = look(updates, params, slices.sliced)
         is_skipped = bool(skip) or bool(jnp.any(broken))
         kept = jax.tree.map(outcomes.nothing, updates) if is_skipped else updates
         return Taken(kept, state if is_skipped else new, broken)
-    closed, shapes = jax.make_jaxpr(step, return_shape=True)()
+
+    def looked() -> Any:
+        updates, new = step()
+        return (updates, new), look(updates, params, slices.asked_for)
+
+    closed, (shapes, _) = jax.make_jaxpr(looked, return_shape=True)()
     program = _Program(closed, len(jax.tree.leaves(shapes[1])))
     hidden = {id(x) for x in jax.tree.leaves((state, params)) if _is_large(x)}
     is_hidden = [id(x) in hidden for x in closed.consts]
 
-    def looked(flat: list[Any], params: Any) -> jax.Array:
-        updates = flat[: program.start]
-        return look(jax.tree.unflatten(jax.tree.structure(shapes[0]), updates), params)
-
-    def undone(skip: Any, old: Any, params: Any, consts: list[Any]) -> Any:
+    def undone(skip: Any, old: Any, consts: list[Any]) -> Any:
         if program.is_cheap():
-            broken = looked(program.run(list(map(_hide, consts, is_hidden))), params)
+            hidden = [_hide if hide else _same for hide in is_hidden]
+            (broken,) = slices.run(closed, 1, consts, hidden)
             return program.selected(skip | jnp.any(broken), old, consts), broken
-        flat = program.run(consts)
-        broken = looked(flat, params)
+        count, shown = len(closed.jaxpr.outvars), [_same] * len(consts)
+        *flat, broken = slices.run(closed, count, consts, shown)
         return program.chosen(skip | jnp.any(broken), old, flat), broken
 
     taken = _differentiable(undone, program)
-    flat, broken = taken(skip, jax.tree.leaves(state), params, closed.consts)
+    flat, broken = taken(skip, jax.tree.leaves(state), closed.consts)
     updates, kept = jax.tree.unflatten(jax.tree.structure(shapes), flat)
     return Taken(updates, kept, broken)
 
 
 class _Program(NamedTuple):
-    """A step as equations; its last outputs, so many entries, are the new state."""
+    """A step as equations, which gives updates, so many entries, and what broke."""
 
     closed: Any
     entries: int
 
     @property
     def start(self) -> int:
-        return len(self.closed.jaxpr.outvars) - self.entries
+        return len(self.closed.jaxpr.outvars) - 1 - self.entries
 
     def is_cheap(self) -> bool:
         jaxpr = self.closed.jaxpr
         return not jaxpr.effects and not any(map(_is_heavy, _eqns(jaxpr)))
 
     def run(self, consts: Sequence[Any]) -> list[Any]:
-        return core.jaxpr_as_fun(self.closed.replace(consts=list(consts)))()
+        jaxpr = _without_last(self.closed.jaxpr)
+        return core.jaxpr_as_fun(
+            self.closed.replace(jaxpr=jaxpr, consts=list(consts))
+        )()
 
     def chosen(self, skip: Any, old: list[Any], flat: list[Any]) -> list[Any]:
         """Returns the outputs, of the state those that are kept."""
@@ -138,12 +144,16 @@ def _is_large(x: Any) -> bool:
     return jnp.ndim(x) > 0 and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def _hide(x: Any, is_hidden: bool) -> Any:
+def _same(x: Any) -> Any:
+    return x
+
+
+def _hide(x: Any) -> Any:
     """Returns the same to the user, and another array to the compiler.
 
     It would otherwise find out that the step is computed twice, and keep the first.
     """
-    return jax.lax.optimization_barrier(x) if is_hidden else x
+    return jax.lax.optimization_barrier(x)
 
 
 def _eqns(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -174,8 +184,8 @@ def _differentiable(undone: Callable[..., Any], program: _Program) -> Any:
     def rule(primals: Any, tangents: Any) -> Any:
         flat, broken = taken(*primals)
         skip = primals[0] | jnp.any(broken)
-        safe = [_harmless(skip, x) for x in primals[3]]
-        _, found = jax.jvp(lambda *x: program.run(x), tuple(safe), tuple(tangents[3]))
+        safe = [_harmless(skip, x) for x in primals[2]]
+        _, found = jax.jvp(lambda *x: program.run(x), tuple(safe), tuple(tangents[2]))
         kept = [*map(_zeros, found[: program.start]), *tangents[1]]
         pairs = zip(kept, found, strict=True)
         slopes = [b if _is_nothing(b) else jnp.where(skip, a, b) for a, b in pairs]
@@ -196,6 +206,17 @@ def _is_nothing(tangent: Any) -> bool:
 
 def _zeros(tangent: Any) -> Any:
     return tangent if _is_nothing(tangent) else jnp.zeros_like(tangent)
+
+
+def _without_last(jaxpr: Any) -> Any:
+    """Returns the program without its last output, and what only that needs."""
+    outvars, eqns = jaxpr.outvars[:-1], []
+    needed = {x for x in outvars if isinstance(x, core.Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(x for x in eqn.invars if isinstance(x, core.Var))
+    return jaxpr.replace(eqns=eqns[::-1], outvars=outvars)
 
 
 def _select_early(jaxpr: core.Jaxpr, count: int) -> core.Jaxpr:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optaxclip._arguments import checks
-from optaxclip._guards import outcomes, selection, watched
+from optaxclip._guards import outcomes, selection, slices, watched
 from optaxclip._measure import names as _names, stacks as _stacks, units as _units
 from optaxclip._mesh import summed
 from optaxclip._trees import leaves as _leaves
@@ -134,7 +134,8 @@ def guard(inner: Any, patience: Patience, init_rule: Any, judge: Any) -> Any:
         summed.check_summed(leaves, fast)
         verdict = judge(leaves, state, fast, watched.with_detached_loss(extra_args))
         row = state.finite_count + verdict.is_finite.astype(jnp.int32)
-        is_accepted = verdict.is_finite & (row > patience.accept_after)
+        is_patient = patience.accept_after < NEVER
+        is_accepted = verdict.is_finite & (row > patience.accept_after) & is_patient
         taken = selection.take(
             lambda: inner.update(updates, state.guarded_state, params, **extra_args),
             state.guarded_state,
@@ -163,8 +164,10 @@ def _check_not_recorded(inside: Any) -> None:
         )
 
 
-def _look(leaves: _leaves.Leaves, before: Any, updates: Any, params: Any) -> jax.Array:
-    found = outcomes.broken(updates, params, leaves)
+def _look(
+    leaves: _leaves.Leaves, before: Any, updates: Any, params: Any, take: slices.Take
+) -> jax.Array:
+    found = outcomes.broken(updates, params, leaves, take)
     # A guard has looked at what comes out of it by itself.
     return jnp.zeros_like(found) if isinstance(before, GuardState) else found
 

@@ -42,10 +42,11 @@ def skip_if_nonfinite(
     What comes out of ``inner`` is looked at as well: a schedule may return NaN, ``eps``
     may be 0 in float16, a step may take a parameter to infinity. If an update is not
     finite, or makes of a finite parameter one that is not, the step is skipped in the
-    same way. Of a leaf with more than 1024 elements up to so many, evenly spread, decide
-    on this. Any other that breaks is held by itself, at a parameter that keeps its bits,
-    uncounted, while the rest of the step is taken: for all to decide, the optimizer
-    would take half as long again. Where leaves may be spread over devices, all decide.
+    same way. Of a leaf with more than 1024 elements up to so many, evenly spread,
+    decide on this. Any other that breaks is held by itself, at a parameter that keeps
+    its bits, uncounted, while the rest of the step is taken: for all to decide, the
+    optimizer would take half as long again. Where leaves may be spread over devices,
+    all decide.
 
     If nothing finite comes any more, nothing is learnt any more either: then there is
     an alarm, on which the training loop decides. A NaN is never let through, as

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optaxclip._engine import limits as _limits
 from optaxclip._measure import (
@@ -16,7 +17,7 @@ from optaxclip._measure import (
     stacks as _stacks,
     units as _units,
 )
-from optaxclip._mesh import collectives
+from optaxclip._mesh import collectives, spread as _spread
 from optaxclip._trees import infinity, leaves as _leaves
 
 
@@ -94,7 +95,7 @@ def after(
     zero = jnp.zeros_like(state.norms)
     columns = [measured.sizes(), max_norms, factors]
     if isinstance(factors, _units.Units):
-        columns = _of_hardest(columns, _stacks.of_leaves(leaves))
+        columns = _hardest(columns, _stacks.of_leaves(leaves))
     columns = [_fitting(x, zero) for x in columns]
     if measured.axes:
         columns = collectives.at_smallest(columns[-1], columns, measured.axes)
@@ -112,6 +113,38 @@ def after(
         rule_state=rule_state,
         scope_ids=state.scope_ids,
     )
+
+
+def _hardest(
+    columns: Sequence[_units.Units], stacks: _stacks.Stacks
+) -> Sequence[jax.Array]:
+    """Returns of each leaf the numbers of the unit that was clipped hardest.
+
+    Where types say how units are spread, every device looks through its own.
+    """
+    *_, keys = columns
+    spread = None if any(stacks) else _spread.by_type(keys.arrays)
+    if spread is None:
+        return _of_hardest(columns, stacks)
+    axes = frozenset[str]().union(*(split.axes for split in spread.splits()))
+
+    def on_pieces(every: Sequence[list[jax.Array]]) -> Sequence[jax.Array]:
+        alike: dict[Any, list[int]] = {}
+        for some, array in zip(keys.places, every[-1], strict=True):
+            key = array.shape[1:], collectives.varying_axes(array)
+            alike.setdefault(key, []).extend(some)
+        units = (_units.Units(arrays, keys.places) for arrays in every)
+        places = list(map(tuple, alike.values()))
+        rows = _of_hardest([_units.rejoined(x, places) for x in units], stacks)
+        return collectives.at_smallest(rows[-1], rows, axes) if axes else rows
+
+    specs = [spread.specs] * len(columns)
+    shardings = jax.tree.map(lambda spec: NamedSharding(spread.mesh, spec), specs)
+    every = jax.sharding.reshard([x.arrays for x in columns], shardings)
+    mapped = jax.shard_map(
+        on_pieces, mesh=spread.mesh, in_specs=(specs,), out_specs=PartitionSpec()
+    )
+    return mapped(every)
 
 
 def _of_hardest(

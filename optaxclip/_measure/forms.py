@@ -43,14 +43,15 @@ class Plain(NamedTuple):
       scopes: which those are.
       axes: the mesh axes over which the norms differ, as those of units may.
       names: function to those of the scopes, where they aren't those of the leaves.
-      everywhere: whether all devices have all norms; those of units may be spread.
+      specs: how the norms are spread over devices where types say how the leaves are;
+        those of units may be.
     """
 
     scaled: Callable[[Any, Any, layouts.Layout], Packed]
     scopes: tuple[Scope, ...]
     axes: collectives.Axes = frozenset()
     names: Callable[[], _names.Names] = tuple
-    everywhere: bool = True
+    specs: Any = PartitionSpec()
 
     def norms(self, updates: Any) -> Packed:
         """Returns the norms, which is for updates that are neither large nor small."""
@@ -92,19 +93,24 @@ def ours_on_any_platform(
     plain = formula(updates, splits)
 
     def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
-        return _ours(formula(updates, splits), dtype, updates)
+        found = _ours(formula(updates, splits), dtype, updates)
+        if isinstance(plain.specs, _units.Units):
+            places = plain.specs.places
+            norms, powers = (_units.rejoined(x, places) for x in found)
+            return norms, powers
+        return found
 
     @jax.custom_jvp
     def exact(updates: Any) -> Exact:
         leaves, treedef = jax.tree.flatten(updates)
-        spread = _spread.by_type(leaves) if plain.everywhere else None
+        spread = _spread.by_type(leaves)
         if spread is None:
             return _ours(plain, dtype, updates)
         return jax.shard_map(
             functools.partial(on_pieces, splits=spread.splits()),
             mesh=spread.mesh,
             in_specs=(treedef.unflatten(spread.specs),),
-            out_specs=PartitionSpec(),
+            out_specs=(plain.specs, plain.specs),
         )(updates)
 
     @exact.defjvp

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from optaxclip._measure import (
     forms,
@@ -43,6 +44,9 @@ def unit_norms(
         tuple(rest[i] for i in some) for some in reduce.alike([units[i] for i in rest])
     )
     checked(ord)
+    specs = [_spec(units[i]) for i, *_ in places]
+    if whole or not places:  # one number for each of these, in one array
+        places, specs = (*places, whole), [*specs, PartitionSpec()]
 
     def norms(
         updates: Any, scale: float | _units.Units, layout: layouts.Layout
@@ -64,7 +68,7 @@ def unit_norms(
             of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
         parts = [units[i]._replace(array=leaves[i]) for i in rest]
         arrays = reduce.norms_along(parts, of_rest, ord)
-        if not whole and parts:
+        if len(arrays) == len(places):
             return _units.Units(arrays, places)
         pieces = layouts.pieces(
             [leaves[i] for i in whole],
@@ -74,7 +78,7 @@ def unit_norms(
             layout,
         )
         last = reduce.norms(pieces, of_whole, len(whole), ord, layout.operands)
-        return _units.Units([*arrays, last], (*places, whole))
+        return _units.Units([*arrays, last], places)
 
     def every_name() -> _names.Names:
         return [
@@ -89,8 +93,15 @@ def unit_norms(
         tuple((i,) for i in range(len(leaves))),
         frozenset[str]().union(*differ),
         every_name,
-        everywhere=False,
+        specs=_units.Units(specs, places),
     )
+
+
+def _spec(unit: reduce.Reduction) -> Any:
+    """Returns how the norms of a leaf are spread, where types say how leaves are."""
+    own = jax.typeof(unit.array).sharding.spec
+    kept = [None if d in unit.dimensions else axes for d, axes in enumerate(own)]
+    return PartitionSpec(None, *kept)
 
 
 def _unit(

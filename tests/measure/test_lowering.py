@@ -54,3 +54,25 @@ def test_norms_over_explicit_axes_take_one_sum_over_devices(norm):
     assert sum(x.primitive.name.startswith("psum") for x in helpers.steps(on_gpu)) == 1
     found, right = jax.tree.leaves(found), jax.tree.leaves(norm(whole))
     np.testing.assert_allclose(found, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("leaves", [2, 6])
+def test_units_over_explicit_axes_take_as_few_sums_however_many_leaves(leaves):
+    """One for each set of axes that splits units, one for those that are whole leaves,
+    of the updates and of the params; three to agree on the unit clipped hardest.
+    """
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    clip = oc.adaptive_grad_clip(0.1)
+    specs = {"bias": P("b"), "kernel": P("a", "b")}
+    layer = {
+        key: jax.ShapeDtypeStruct((8, 4)[-len(spec) :], "float32").update(
+            sharding=NamedSharding(mesh, spec)
+        )
+        for key, spec in specs.items()
+    }
+    updates = [layer] * leaves
+    with jax.set_mesh(mesh):
+        state = clip.init(updates)
+        traced = jax.jit(clip.update).trace(updates, state, updates)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.all_reduce") == 2 * 2 + 3

@@ -137,6 +137,7 @@ SOME = [
     ("layer_norm", "shard_map"),
     ("block_rms", "shard_map_without_types"),
     ("agc", "shard_map"),
+    ("agc", "explicit"),
 ]
 
 

@@ -8,8 +8,8 @@ Run, in the folder above:
     python -m benchmarks --tables           # no run: the tables anew, of what is kept
 
 Each runs as a script in a process of its own and keeps its rows; then the tables of
-`README.md` are made anew. Those that need a package or a compiler which isn't there say
-how to get it, and run the rest. One that fails doesn't stop the next.
+`README.md` and of `docs/` are made anew. Those that need a package or a compiler which
+isn't there say how to get it, and run the rest. One that fails doesn't stop the next.
 
 On a GPU the tests of the numbers come first, for a norm is computed in another way
 there, and where they fail, nothing is timed. All of it has ten minutes.

@@ -16,7 +16,7 @@ def quotations():
     found = []
     for page in sorted((ROOT / "docs").glob("*.md")):
         for rows in TABLE.findall(page.read_text(encoding="utf-8")):
-            quoted = re.findall(r"^\| `([^`]+)` \|", rows, re.MULTILINE)
+            quoted = re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE)
             found += [(page.stem, text) for text in quoted]
     return found
 

@@ -9,6 +9,8 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 CLIPS = ("global_norm", "leaf_norm", "block_rms", "adaptive", "value")
 SIDES = ("optax", "optaxclip")
 GPT2 = {"tree": "gpt2", "clip": CLIPS}
+NORMS = ("global_norm", "group_norm", "leaf_norm", "adaptive")
+ON_8 = {"target": "h200-8", "clip": NORMS}
 
 PAGES = {
     "how_it_is_computed": {
@@ -46,7 +48,7 @@ PAGES = {
             {"clip": "clip", "form": "form"},
             {"all_reduce": "all-reduces", "collective_bytes": "bytes"},
             "contender",
-            only={"target": "h200-8", "leaves": 148, "contender": SIDES},
+            only=ON_8 | {"leaves": 148, "contender": SIDES},
         ),
     },
 }

@@ -1,5 +1,6 @@
-"""How much did a clip of single elements take away? Two more looks at every leaf."""
+"""How much did a clip of single elements take away? One more look at every leaf."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._measure import formulas
-from optaxclip._mesh import splits as _splits
+from optaxclip._measure import formulas, layouts, stacks as _stacks, totals
+from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity, leaves as _leaves
 
 Bounds = tuple[jax.Array, ...]  # low and high, or the one limit of a range
+Numbers = tuple[jax.Array, jax.Array]  # of every scope: the largest modulus, the count
 
 
 class Seen(NamedTuple):
@@ -19,7 +21,7 @@ class Seen(NamedTuple):
 
     Attributes:
       largest: modulus of the largest element.
-      fractions: shares of the elements that are out of bounds.
+      fractions: shares of the elements that are out of bounds; NaN with a NaN.
       counted: the counted leaves, for the clip: it waits for them to be measured, else
         one that overwrites them needs a copy.
     """
@@ -30,21 +32,109 @@ class Seen(NamedTuple):
 
 
 def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
-    """Measures the leaves."""
+    """Measures the leaves; those of one limit have the same bounds, not equal ones."""
     splits = _splits.splits(leaves)
-    measured, bounds = jax.lax.stop_gradient((leaves.measured(), bounds))
-    over = [_over(x, some) for x, some in zip(measured, bounds, strict=True)]
-    sizes = np.array(formulas.sizes(leaves.tree(over), splits), leaves.dtype)
-    largest, counts = (
-        formulas.leaf_norms(tree, splits, ord=ord).norms(tree)
-        for tree, ord in ((leaves.tree(measured), jnp.inf), (leaves.tree(over), 1))
-    )
-    counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
+    real = [abs(x) if jnp.iscomplexobj(x) else x for x in leaves.measured()]
+    tree = leaves.tree(jax.lax.stop_gradient(real))
+    sizes = np.array(formulas.sizes(tree, splits), leaves.dtype)
+    # Bounds of its own, for what the clip shares with the sum would go to memory.
+    each = {id(some): some for some in bounds}
+    own = jax.lax.optimization_barrier(jax.lax.stop_gradient(list(each.values())))
+    places = [list(each).index(id(some)) for some in bounds]
+    largest, counts = _numbers(tree, splits, own, places)
     largest = infinity.replaced(largest.astype(leaves.dtype))
-    found = Seen(largest, counts / sizes, counted)
+    shares = jnp.where(jnp.isnan(largest), largest, counts / sizes)
+    counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
+    found = Seen(largest, shares, counted)
     if jax.sharding.get_abstract_mesh().manual_axes:
         return found  # JAX 0.8 takes all of them to vary where one does
     return Seen(*jax.lax.optimization_barrier(tuple(found)))
+
+
+def _numbers(
+    tree: Any, splits: _splits.Splits, bounds: list[Bounds], places: list[int]
+) -> Numbers:
+    """Measures leaves of real numbers.
+
+    In one look on a CPU, where no leaf can be spread over devices: what a reduction to
+    two numbers has of each device would be gathered, leaf by leaf. It counts in int32.
+
+    Args:
+      tree: of the leaves.
+      splits: how each is split.
+      bounds: all that there are.
+      places: which of them are those of each leaf.
+    """
+    together = functools.partial(_together, splits=splits, places=places)
+    apart = functools.partial(_apart, splits=splits, places=places)
+    fits = (collectives.is_local(x) and x.size < 2**31 for x in jax.tree.leaves(tree))
+    return jax.lax.platform_dependent(
+        tree,
+        bounds,
+        cpu=together if all(fits) else apart,
+        cuda=functools.partial(apart, layout=layouts.ON_GPU),
+        default=apart,
+    )
+
+
+def _together(
+    tree: Any,
+    bounds: list[Bounds],
+    splits: _splits.Splits,
+    places: list[int],
+    layout: layouts.Layout = layouts.ON_CPU,
+) -> Numbers:
+    """Measures in one look, which a CPU takes at the speed of its memory."""
+    stacks = _stacks.of(tree, splits)
+    ends = np.cumsum([stack.layers if stack else 1 for stack in stacks]).tolist()
+    scopes = [tuple(range(*some)) for some in zip([0, *ends], ends, strict=False)]
+    rows = list(zip(jax.tree.leaves(tree), scopes, splits, stacks, strict=True))
+    largest, counts = [], []
+    for place, own in enumerate(bounds):
+        some = [row for row, other in zip(rows, places, strict=True) if other == place]
+        columns: Any = zip(*some, strict=True)
+        for piece in layouts.pieces(*columns, layout=layout):
+            size, count = _reduced(piece.array, own, layouts.first(piece))
+            largest.append(piece._replace(array=size))
+            counts.append(piece._replace(array=count))
+    gathered = functools.partial(
+        totals.by_scope,
+        count=sum(map(len, scopes)),
+        operands=layout.operands,
+        dtype=jnp.result_type(jnp.float32, *jax.tree.leaves(tree)),
+    )
+    return gathered(largest, combine=jnp.max), gathered(counts, combine=jnp.sum)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _reduced(x: jax.Array, bounds: Bounds, axes: tuple[int, ...]) -> Numbers:
+    low = -bounds[0] if len(bounds) == 1 else bounds[0]
+    outside = ~((low <= x) & (x <= bounds[-1]))
+    largest, count = jax.lax.reduce(
+        (abs(x), outside.astype(jnp.int32)),
+        (np.zeros((), x.dtype), np.int32(0)),
+        lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1]),
+        axes,
+    )
+    return largest, count
+
+
+def _apart(
+    tree: Any,
+    bounds: list[Bounds],
+    splits: _splits.Splits,
+    places: list[int],
+    layout: layouts.Layout = layouts.AS_THEY_ARE,
+) -> Numbers:
+    """Measures in two looks, of which other platforms make one."""
+    leaves, treedef = jax.tree.flatten(tree)
+    over = [_over(x, bounds[place]) for x, place in zip(leaves, places, strict=True)]
+    pairs = ((tree, jnp.inf), (treedef.unflatten(over), 1.0))
+    largest, counts = (
+        formulas.leaf_norms(some, splits, ord=ord).scaled(some, 1.0, layout)
+        for some, ord in pairs
+    )
+    return largest, counts
 
 
 @jax.jit
@@ -54,9 +144,6 @@ def _over(x: jax.Array, bounds: Bounds) -> jax.Array:
     By arithmetic alone, which a CPU does in the loop that adds them up: it would write
     what a comparison gives to memory, first.
     """
-    # Bounds of its own, for what the clip shares with the sum would go to memory too.
-    bounds = jax.lax.optimization_barrier(bounds)
-    size = jnp.abs(x) if jnp.iscomplexobj(x) else x
     low = -bounds[0] if len(bounds) == 1 else bounds[0]
-    excess = jnp.maximum(jnp.maximum(size - bounds[-1], low - size), 0)
+    excess = jnp.maximum(jnp.maximum(x - bounds[-1], low - x), 0)
     return jnp.minimum(excess * float(jnp.finfo(excess.dtype).max), 1)

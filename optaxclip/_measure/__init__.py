@@ -4,6 +4,7 @@ In reading order:
   stacks: which arrays are layers in a stack (`over_layers`).
   units: the numbers of all scopes, and which of them is of which leaf.
   layouts: how leaves are laid out for the kernels that reduce them.
+  totals: from reduced pieces to one number for each scope, over devices too.
   reduce: from arrays to the sums of powers behind every norm.
   names: what a scope is called, and how a state says so without a string.
   forms: a norm that neither over- nor underflows, as each platform likes it.

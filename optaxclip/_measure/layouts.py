@@ -83,6 +83,11 @@ def pieces(
     return found + joined(small, layout.operands)
 
 
+def first(piece: Piece) -> tuple[int, ...]:
+    """Returns the axes of a piece to be reduced at first."""
+    return (2,) if piece.by_rows else tuple(range(1, piece.array.ndim))
+
+
 def joined(parts: Iterable[Piece], operands: int) -> list[Piece]:
     """Joins vectors of one scope, and those that are then of one size to matrices.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._measure import layouts
+from optaxclip._measure import layouts, totals
 from optaxclip._measure.layouts import Piece
 from optaxclip._mesh import collectives
 from optaxclip._mesh.collectives import Axes
@@ -75,18 +75,18 @@ def norms(
             for p, own in zip(pieces, scales, strict=True)
         ]
         scale = 1.0
-    totals = functools.partial(_totals, count=count, operands=operands)
+    total = functools.partial(_totals, count=count, operands=operands)
     if ord == 1:
-        return totals(pieces, scale, ord, jnp.sum)
+        return total(pieces, scale, ord, jnp.sum)
     if ord == 2:
-        return root(totals(pieces, scale, ord, jnp.sum), 2)
-    largest = totals(pieces, scale, ord, jnp.max)
+        return root(total(pieces, scale, ord, jnp.sum), 2)
+    largest = total(pieces, scale, ord, jnp.max)
     if ord == jnp.inf:
         return largest
     unit = _unit(largest)
     pieces = [p._replace(array=scaled(p.array, scale)) for p in pieces]
     shrunk = [p._replace(array=over(p.array, _rows(unit, p))) for p in pieces]
-    return unit * root(totals(shrunk, 1.0, ord, jnp.sum), ord)
+    return unit * root(total(shrunk, 1.0, ord, jnp.sum), ord)
 
 
 def alike(leaves: Sequence[Reduction]) -> list[list[int]]:
@@ -124,8 +124,8 @@ def norms_along(
     }
     leaves = [x._replace(array=scaled(x.array, scale)) for x in leaves]
     shrunk = [x._replace(array=over(x.array, rows[i])) for i, x in enumerate(leaves)]
-    totals = _totals_along(shrunk, 1.0, ord, jnp.sum)
-    return [unit * root(x, ord) for unit, x in zip(units, totals, strict=True)]
+    sums = _totals_along(shrunk, 1.0, ord, jnp.sum)
+    return [unit * root(x, ord) for unit, x in zip(units, sums, strict=True)]
 
 
 def square(x: jax.Array) -> jax.Array:
@@ -178,26 +178,11 @@ def _totals(
     operands: int,
 ) -> jax.Array:
     """Combines the powers of the elements by scope, over devices too."""
-    if not pieces:
-        return jnp.zeros(count)
-    whole, by_row = [], []
-    for piece in pieces:
-        axes = (2,) if piece.by_rows else tuple(range(1, piece.array.ndim))
-        reduced = _combined(piece.array, scale, ord, combine, axes)
-        (by_row if piece.by_rows else whole).append(piece._replace(array=reduced))
-    # No sum is negative; of `abs` the compiler doesn't make one sum of the two again.
-    whole += [
-        row._replace(array=combine(jnp.abs(row.array), axis=1))
-        for row in layouts.joined(by_row, operands)
+    parts = [
+        p._replace(array=_combined(p.array, scale, ord, combine, layouts.first(p)))
+        for p in pieces
     ]
-    by_axes: dict[Axes, list[Piece]] = {}
-    for part in whole:
-        if part.stack:
-            every = part.stack.every(collectives.replicated(part.array))
-            part = part._replace(array=every)
-        by_axes.setdefault(part.axes, []).append(part)
-    totals = {axes: _total(some, count, combine) for axes, some in by_axes.items()}
-    return collectives.all_devices(totals, _collective(combine))
+    return totals.by_scope(parts, count, combine, operands)
 
 
 def _totals_along(
@@ -209,8 +194,8 @@ def _totals_along(
         for x in leaves
     ]
     axes = [x.axes for x in leaves]
-    totals = collectives.each_over(parts, axes, _collective(combine))
-    return [jnp.stack([totals[i] for i in some]) for some in alike(leaves)]
+    found = collectives.each_over(parts, axes, totals.collective(combine))
+    return [jnp.stack([found[i] for i in some]) for some in alike(leaves)]
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -229,21 +214,3 @@ def _combined(
     size = _modulus(x)
     is_plain = ord == 1 or combine is jnp.max
     return combine(size if is_plain else size**ord, axes, keepdims=keepdims)
-
-
-def _collective(combine: Combine) -> Combine:
-    return jax.lax.psum if combine is jnp.sum else jax.lax.pmax
-
-
-def _total(pieces: Sequence[Piece], count: int, combine: Combine) -> jax.Array:
-    """Combines pieces of one element for each scope; a scope without any gets 0."""
-    flat = jnp.concatenate([piece.array for piece in pieces])
-    scopes = [scope for piece in pieces for scope in piece.scopes]
-    if scopes == list(range(count)):
-        return flat
-    if count == 1:
-        return combine(flat, axis=0, keepdims=True)
-    if sorted(scopes) == list(range(count)):
-        return flat[np.argsort(scopes)]
-    own = jnp.arange(count)[:, None] == np.array([scopes])
-    return combine(jnp.where(own, flat[None], 0), axis=1)

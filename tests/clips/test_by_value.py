@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
 import helpers
 from clip_cases import clipped
@@ -152,3 +153,75 @@ def test_clip_by_value_rounds_its_limit_to_the_leaf():
     updates = jnp.array([-60000.0, 2.0], jnp.float16)
     out = clipped(oc.clip_by_value(70000.0), updates)
     np.testing.assert_array_equal(out, updates)
+
+
+# --------------------------------------------------------------------------------------
+# What its state says
+# --------------------------------------------------------------------------------------
+
+
+def on_pieces(update):
+    """The same on one device's pieces, as sure to be local as on a single device."""
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
+    return jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P())
+
+
+on_any_mesh = pytest.mark.parametrize("spread", [lambda update: update, on_pieces])
+
+
+@on_any_mesh
+@pytest.mark.parametrize(
+    "dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64, jnp.complex64]
+)
+@pytest.mark.parametrize(
+    "limit", [jnp.float32(0.0), {"a": 2.0, "b": 0.25, "**": 0.5}, lambda t: 0.75 - t]
+)
+def test_the_statistics_are_those_of_the_elements(limit, dtype, spread, x64):
+    shapes = {"a": (3,), "b": (40, 30), "c": (3,), "d": (90, 100), "e": ()}
+    updates = helpers.random_tree(seed=3, shapes=shapes, dtype=dtype)
+    clip: Any = oc.clip_by_value(limit)
+    _, state = jax.jit(spread(clip.update))(updates, clip.init(updates))
+    limits: Any = limit if isinstance(limit, dict) else {}
+    rest = limits.get("**", 0.75 if callable(limit) else limit)
+    size = {name: np.abs(helpers.truth(x)) for name, x in updates.items()}
+    over = {k: x > limits.get(k, rest) for k, x in size.items()}
+    np.testing.assert_allclose(
+        state.largest, [x.max() for x in size.values()], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        state.clipped_fractions, [x.mean() for x in over.values()], rtol=1e-7
+    )
+
+
+@on_any_mesh
+@pytest.mark.parametrize("limit", [(-1.0, 2.0), {"**": (-1.0, 2.0)}], ids=str)
+def test_the_statistics_of_a_range_look_at_both_of_its_ends(limit, spread):
+    updates = {
+        "a": jnp.array([-3.0, -1.0, -0.0, 2.0, 2.5]),
+        "b": jnp.array([np.inf, -np.inf, 1.0, 1.0]),
+        "c": jnp.array([1.0, np.nan, 5.0, 0.0]),
+        "d": jnp.full((100, 100), 1.5),
+    }
+    clip: Any = oc.clip_by_value(limit)
+    _, state = jax.jit(spread(clip.update))(updates, clip.init(updates))
+    np.testing.assert_array_equal(
+        state.clipped_fractions, np.array([0.4, 0.5, np.nan, 0.0], np.float32)
+    )
+    largest = np.array([3.0, np.finfo(np.float32).max, np.nan, 1.5])
+    np.testing.assert_allclose(state.largest, largest, rtol=2e-6)
+
+
+def test_the_statistics_count_more_elements_than_a_float_can():
+    updates = jnp.ones(2**24 + 2**14, jnp.bfloat16).at[::2].set(0.25)
+    clip: Any = oc.clip_by_value(0.5)
+    _, state = jax.jit(on_pieces(clip.update))(updates, clip.init(updates))
+    assert state.clipped_fractions == 0.5
+
+
+@on_any_mesh
+def test_the_modulus_of_a_large_complex_number_is_finite_in_the_statistics(spread):
+    updates = jnp.array([3e30 + 4e30j, 0.1j])
+    clip: Any = oc.clip_by_value(1.0)
+    _, state = jax.jit(spread(clip.update))(updates, clip.init(updates))
+    np.testing.assert_allclose(state.largest, [5e30], rtol=1e-6)
+    assert state.clipped_fractions == 0.5

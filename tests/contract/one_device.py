@@ -158,3 +158,21 @@ def test_every_leaf_gets_the_entry_of_its_scope(count):
     leaves = _leaves.flatten([jnp.ones(1)] * count)
     entries = _units.of_leaf(jnp.arange(1.0, count + 1), scopes, leaves)
     np.testing.assert_array_equal(np.array(entries)[places], np.arange(1.0, count + 1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_statistics_of_a_clip_by_value_take_one_look(dtype):
+    clip, updates = oc.clip_by_value(0.01), {"w": jnp.ones((1024, 512), dtype)}
+    compiled = jax.jit(clip.update, donate_argnums=0).lower(updates, clip.init(updates))
+    text = compiled.compile().as_text() or ""
+    (look,) = (line for line in text.splitlines() if " reduce(" in line)
+    assert "= (f32[1]{0}, s32[1]{0}) reduce(" in look  # of both numbers
+    assert " reduce-window(" not in text
+
+
+@pytest.mark.parametrize(("rows", "looks"), [(2**16 - 1, 1), (2**16, 2)])
+def test_leaves_of_more_elements_than_an_int32_counts_are_looked_at_twice(rows, looks):
+    clip: Any = oc.clip_by_value(0.01)
+    updates = jax.ShapeDtypeStruct((rows, 2**15), jnp.float32)
+    text = jax.jit(clip.update).lower(updates, clip.init(updates)).as_text()
+    assert text.count("stablehlo.reduce(") == looks

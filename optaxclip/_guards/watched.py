@@ -64,7 +64,7 @@ def loss(extra_args: dict[str, Any]) -> jax.Array:
 
 def is_finite_everywhere(value: Any) -> jax.Array:
     """Returns whether a loss is, on all devices."""
-    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    manual = frozenset(collectives.manual_axes())
     return ~collectives.anywhere(~jnp.all(jnp.isfinite(value)), manual)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from optaxclip._measure import forms, names as _names
 from optaxclip._measure.units import EVERYTHING, Packed, Scope
-from optaxclip._mesh import splits as _splits
+from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity
 from optaxclip._trees.leaves import Leaves
 
@@ -77,7 +77,7 @@ def zeros(formula: Formula, leaves: Leaves) -> Measured:
     Inside ``shard_map`` the type says over which axes a value varies, so there they are
     made from norms.
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    if collectives.manual_axes():
         return jax.tree.map(jnp.zeros_like, measure(formula, leaves))
     splits = (_splits.WHOLE,) * len(leaves.counted)
     updates = leaves.tree(leaves.abstract())
@@ -93,7 +93,7 @@ def zeros(formula: Formula, leaves: Leaves) -> Measured:
 def names(formula: Formula, leaves: Leaves) -> _names.Names | None:
     """Returns the names of all scopes, None of a scope of all leaves."""
     splits, found = _splits.splits(leaves), []
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    if collectives.manual_axes():
         found.append(formula(leaves.tree(leaves.measured()), splits))
     else:
         updates = leaves.tree(leaves.abstract())

@@ -6,6 +6,7 @@ pieces differ.
 """
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = frozenset[str]
+
+# How JAX calls an axis of `pmap` that has no name, the newest and 0.8.
+_MADE_UP = re.compile(r"_internal_pmap_axis_name|<axis 0x[0-9a-f]+>")
+
+
+def manual_axes() -> tuple[Any, ...]:
+    """Returns the mesh axes over which pieces of a leaf may be on different devices.
+
+    Not that of a ``pmap`` without an ``axis_name``: no collective can cross it, so what
+    a device has there is all there is.
+    """
+    every = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in every if not _MADE_UP.fullmatch(str(axis)))
 
 
 def varying_axes(x: jax.Array) -> Axes:

@@ -1,7 +1,8 @@
 """How is each leaf split over devices? By its type, or by what the user says.
 
 Only inside ``shard_map`` and ``pmap`` does it matter: there a leaf is one device's
-piece. Under ``jit`` with sharded arrays every leaf is whole.
+piece. Under ``jit`` with sharded arrays every leaf is whole, and so it is in a ``pmap``
+without an ``axis_name``.
 """
 
 import math
@@ -59,10 +60,11 @@ def over_axes(fun: Any, specs: Any) -> Any:
 
     Inside ``shard_map`` a clip reads off the type of each leaf over which mesh axes its
     pieces differ, and needs nothing. Two things types can't say. There are none in
-    ``shard_map(..., check_vma=False)`` and in ``pmap``. And they say over which axes a
-    leaf is split, not along which of its dimensions, which a norm of units
-    (:func:`optaxclip.adaptive_grad_clip`) has to know. There, pass the specs that you
-    have for ``shard_map`` anyway:
+    ``shard_map(..., check_vma=False)`` and in ``pmap`` with an ``axis_name``; where all
+    devices hold the same params, as they usually do in ``pmap``, pass
+    ``PartitionSpec()``. And they say over which axes a leaf is split, not along which
+    of its dimensions, which a norm of units (:func:`optaxclip.adaptive_grad_clip`) has
+    to know. There, pass the specs that you have for ``shard_map`` anyway:
 
     .. code-block:: python
 
@@ -121,7 +123,7 @@ def splits(leaves: Leaves) -> Splits:
     Raises:
       ValueError: nothing says so, or the specs don't fit.
     """
-    if not leaves.counted or not jax.sharding.get_abstract_mesh().manual_axes:
+    if not leaves.counted or not collectives.manual_axes():
         return (WHOLE,) * len(leaves.counted)
     counted = [leaves.leaves[i] for i in leaves.counted]
     specs = _specs.value
@@ -152,7 +154,7 @@ def copies(axes: Axes) -> int:
 
 def types_are_kept() -> bool:
     """Returns whether types say over which manual mesh axes a value varies."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    manual = collectives.manual_axes()
     return all(a in collectives.varying_axes(jax.lax.axis_index(a)) for a in manual)
 
 
@@ -214,11 +216,11 @@ def _by_spec(leaf: Any, spec: PartitionSpec, path: str) -> Split:
 
 def _check_types_are_kept() -> None:
     if not types_are_kept():
-        manual = sorted(map(str, jax.sharding.get_abstract_mesh().manual_axes))
+        manual = sorted(map(str, collectives.manual_axes()))
         raise ValueError(
             "Expected to know over which mesh axes each leaf is split, which"
             f" `shard_map(..., check_vma=False)` and `pmap` over {manual} don't record."
-            " Use `shard_map(..., check_vma=True)`, or say it with"
-            " `optaxclip.over_axes(clip, specs)`, where `PartitionSpec()` is a leaf"
-            " that every device holds whole."
+            " Where every device holds the whole of each, as after `pmean` in `pmap`,"
+            " say so: `optaxclip.over_axes(clip, PartitionSpec())`. Else use"
+            " `shard_map(..., check_vma=True)`, or `over_axes(clip, specs)`."
         )

@@ -18,7 +18,7 @@ def check_summed(leaves: Leaves, params: Any) -> None:
     for place, i in enumerate(leaves.counted):
         if axes := collectives.unreduced_axes(leaves.leaves[i]):
             raise ValueError(_unsummed(leaves.paths()[place], axes))
-    manual = jax.sharding.get_abstract_mesh().manual_axes
+    manual = collectives.manual_axes()
     if not manual or jax.tree.structure(params) != leaves.treedef:
         return
     every = jax.tree.leaves(params)

@@ -141,7 +141,7 @@ def _spread(
     workers: list[jax.Array], leaves: _leaves.Leaves
 ) -> tuple[collectives.Axes, _splits.Splits]:
     """Returns the mesh axes that split the workers, and how the center is split."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not collectives.manual_axes():
         return frozenset(), (_splits.WHOLE,) * len(workers)
     if not _splits.types_are_kept():
         raise ValueError(

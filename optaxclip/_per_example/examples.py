@@ -150,7 +150,7 @@ def rounded_like(tree: Any, counted: list[jax.Array]) -> Any:
 def spread(params: Any, batch: Any) -> tuple[collectives.Axes, _splits.Splits]:
     """Returns the mesh axes that split the batch, and how the params are split."""
     leaves = _leaves.flatten(params)
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not collectives.manual_axes():
         return frozenset(), (_splits.WHOLE,) * len(leaves.counted)
     if not _splits.types_are_kept():
         raise ValueError(

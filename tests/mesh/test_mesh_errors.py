@@ -100,9 +100,13 @@ def test_without_types_a_clip_asks_for_specs():
         inside(step, check_vma=False)
 
 
-def test_pmap_asks_for_specs():
-    step = jax.pmap(lambda u: oc.clip_by_global_norm(1.0).update(u, None)[0])
-    with pytest.raises(ValueError, match=r"`pmap`.*over_axes\(clip, specs\)"):
+def test_pmap_over_an_axis_with_a_name_asks_for_specs():
+    clip = oc.clip_by_global_norm(1.0)
+    step = jax.pmap(lambda u: clip.update(u, None)[0], axis_name="batch")
+    remedy = (
+        r"`pmap` over \['batch'\].*`optaxclip.over_axes\(clip, PartitionSpec\(\)\)`"
+    )
+    with pytest.raises(ValueError, match=remedy):
         step(jnp.ones((8, 3)))
 
 

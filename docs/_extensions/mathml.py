@@ -4,13 +4,18 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 
+def _mathml(formula, display):
+    formula = formula.replace(r"\_", "_")  # it would show the backslash
+    return convert(formula, display=display)
+
+
 def _inline(writer, node):
-    writer.body.append(convert(node.astext()))
+    writer.body.append(_mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def _block(writer, node):
-    formula = convert(node.astext(), display="block")
+    formula = _mathml(node.astext(), "block")
     writer.body.append(f'<div class="math" tabindex="0">{formula}</div>')
     raise nodes.SkipNode
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._measure import formulas
+from optaxclip._measure import formulas, layouts, stacks as _stacks, totals
 from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity, leaves as _leaves
 
@@ -43,7 +43,9 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     places = [list(each).index(id(some)) for some in bounds]
     largest, counts = _numbers(tree, splits, own, places)
     largest = infinity.replaced(largest.astype(leaves.dtype))
-    found = Seen(largest, counts / sizes, counted)
+    shares = jnp.where(jnp.isnan(largest), largest, counts / sizes)
+    counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
+    found = Seen(largest, shares, counted)
     if collectives.manual_axes():
         return found  # JAX 0.8 takes all of them to vary where one does
     return Seen(*jax.lax.optimization_barrier(tuple(found)))

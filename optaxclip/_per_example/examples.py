@@ -68,7 +68,7 @@ def limits_of(max_norm: MaxNorm, strict: bool) -> Limits:
 
     def limits(measured: _scopes.Measured, leaves: _leaves.Leaves) -> jax.Array:
         if isinstance(max_norm, Mapping):
-            past = _limits.stateless(max_norm, measured, leaves)
+            past = _limits.stateless(max_norm, measured, leaves, None)
             zero = jnp.zeros((), jnp.int32)
             every, _ = _limits.update(max_norm, measured, zero, past, leaves, None, {})
         else:

@@ -1,11 +1,15 @@
 """What is said of suggested thresholds is what the stored rows say."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
 from benchmarks import _results
 
 pytestmark = pytest.mark.thorough
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "choose_a_threshold.md"
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +93,38 @@ def test_for_adam_a_low_percentile_is_near(figures):
     assert figures("asked again, 10th percentile", "Adam") == ("1.01 1.4", 0, 320)
     assert figures("suggested, 50th percentile", "Adam") == ("1.02 2.9", 0, 320)
     assert figures("global norm 1", "Adam") == ("1.02 1.4", 1, 320)
+
+
+BY_SGD = {
+    "the best of 13": "clip_by_global_norm",
+    "`suggest_max_norm`, asked again after a run": "asked again, 3%",
+    "`suggest_max_norm` at first": "suggested, 3%",
+    "1": "global norm 1",
+    "90th percentile of the norms without a clip": "90th percentile",
+    "no clip": "none",
+}
+BY_ADAM = {
+    "1": "global norm 1",
+    "10th percentile of the norms without a clip": "suggested, 10th percentile",
+    "the same, of a run with that clip": "asked again, 10th percentile",
+    "median of the norms without a clip": "suggested, 50th percentile",
+    "90th percentile": "90th percentile",
+    "no clip": "none",
+}
+
+
+@pytest.mark.parametrize(
+    ("start", "names", "parts"),
+    [("By SGD with momentum, ", BY_SGD, NEW), ("By Adam, ", BY_ADAM, ["Adam"])],
+)
+def test_the_page_says_what_the_rows_say(figures, start, names, parts):
+    _, _, text = PAGE.read_text(encoding="utf-8").partition(start)
+    table = text.split("\n\n")[1].splitlines()[2:]
+    assert len(table) == len(names)
+    for line in table:
+        name, median, worst, lost = line.strip("| ").split(" | ")
+        ratios, diverged, _ = figures(names[name], *parts)
+        found_median, found_worst = map(float, ratios.split())
+        assert float(median) == found_median
+        assert worst == "lost" if found_worst > 1e99 else float(worst) == found_worst
+        assert lost == f"{diverged}"

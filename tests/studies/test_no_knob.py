@@ -11,6 +11,7 @@ from benchmarks import _results
 pytestmark = pytest.mark.thorough
 
 STUDIES = pathlib.Path(__file__).parents[2] / "benchmarks" / "studies"
+PAGE = STUDIES.parents[1] / "docs" / "which_rule.md"
 JAX = "0.10."  # the version that those figures were made with
 OURS = "by optimizer, 3 %"
 # They go by more than the gradients: by the params, or by what comes out at last.
@@ -84,3 +85,38 @@ def test_both_optimizers_have_their_tasks(no_knob):
     tasks = [task() for task in no_knob.TASKS.values()]
     counts = [sum(t.moments is m for t in tasks) for m in no_knob.OPTIMIZERS.values()]
     assert counts == [13, 5]
+
+
+NAMES = {
+    "clip_by_relative_step()": "relative step",
+    "clip_by_global_norm(1.0)": "global norm 1",
+    "autoclip()": "autoclip(10)",
+    "no clip": "none",
+}
+
+
+@pytest.mark.parametrize("title", ["SGD with momentum", "Adam"])
+def test_the_page_says_of_each_optimizer_what_the_rows_say(no_knob, rows, title):
+    moments = no_knob.OPTIMIZERS[title]
+    own = [row for row in rows if row["seeds"] == 16]
+    own = [row for row in own if no_knob.TASKS[row["task"]]().moments is moments]
+    _, _, text = PAGE.read_text(encoding="utf-8").partition(f"By {title}, ")
+    table = text.split("\n\n")[1].splitlines()[2:]
+    assert len(table) == (9 if title != "Adam" else 8)
+    for line in table:
+        name, near, median, *worst, lost = line.strip("| ").split(" | ")
+        name = name.strip("`")
+        name = NAMES.get(name, name.removesuffix("()"))
+        found = no_knob.judge(own, name)
+        assert near.split()[0] == f"{found.near.sum()}"
+        assert median == f"{np.median(found.ratios):.2f}"
+        assert worst in ([], [f"{found.ratios.max():.2g}"])
+        assert lost == f"{found.diverged}"
+
+
+def test_the_figure_of_the_page_is_drawn_of_the_rows(no_knob):
+    figure = importlib.import_module("no_knob_figure")
+    drawn = figure.plot(figure.load())
+    for ax, cases in zip(drawn.axes, (52, 20), strict=True):
+        dots = [line for line in ax.lines if line.get_marker() == "."]
+        assert [len(line.get_xdata()) for line in dots] == [cases] * len(figure.RULES)

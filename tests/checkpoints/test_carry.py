@@ -155,6 +155,14 @@ def test_a_clip_takes_the_place_of_one_between_the_same_others():
     assert oc.carry_over(old, new.init(PARAMS))[1].update_count == 0
 
 
+def test_of_two_clips_alike_each_keeps_its_own():
+    clip = oc.clip_by_global_norm(1.0)
+    tx = optax.chain(clip, clip, optax.scale(-0.1))
+    first, second = used(clip), clip.init(PARAMS)
+    carried = oc.carry_over((first, second, optax.ScaleState()), tx.init(PARAMS))
+    assert_same(carried[:2], (first, second))
+
+
 def test_as_many_scopes_are_not_the_same_scopes():
     """Two leaves in one layer, and two layers in one leaf each: two norms."""
     params = {"a": {"x": jnp.ones(2), "y": jnp.ones(2)}, "b": {"x": jnp.ones(2)}}

@@ -1,4 +1,4 @@
-"""What the README says of rules without a knob is what the stored rows say."""
+"""What the docs say of rules without a knob is what the stored rows say."""
 
 import importlib
 import pathlib

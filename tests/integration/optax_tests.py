@@ -32,9 +32,15 @@ def put_in_place():
 
 
 def main(*arguments):
-    """Runs files of Optax's folder; what begins with a dash is for pytest."""
-    put_in_place()
-    given = [x if x.startswith("-") else str(FOLDER / x) for x in arguments]
+    """Runs files of Optax's folder; what begins with a dash is for pytest.
+
+    With "--own" first, they test Optax's own functions.
+    """
+    own, *rest = arguments
+    if own != "--own":
+        put_in_place()
+        rest = arguments
+    given = [x if x.startswith("-") else str(FOLDER / x) for x in rest]
     return pytest.main(["-c", "/dev/null", "-p", "no:cacheprovider", "-q", *given])
 
 

@@ -74,6 +74,27 @@ TABLES = {
         "contender",
         floor="of traffic, as many passes over memory as the clip needs: the column.",
     ),
+    "scaling, leaves": Table(
+        "scaling",
+        {"clip": "clip", "at": "leaves"},
+        {"kernels": "kernels"},
+        "contender",
+        only={"along": "leaves"},
+    ),
+    "scaling, elements": Table(
+        "scaling",
+        {"clip": "clip", "at": "elements"},
+        {"traffic": "traffic"},
+        "contender",
+        only={"along": "elements"},
+    ),
+    "scaling, devices": Table(
+        "scaling",
+        {"clip": "clip", "at": "devices"},
+        {"all_reduce": "all-reduces", "collective_bytes": "bytes of them"},
+        "contender",
+        only={"along": "devices"},
+    ),
     "compile_time": Table(
         "compile_time",
         {"clip": "clip", "leaves": "leaves"},

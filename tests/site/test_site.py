@@ -21,8 +21,13 @@ DOCS = ROOT / "docs"
 # What the people who come ask for, and where they find it.
 SEARCHES = {
     "clipnorm": "coming_from_keras",
+    "clipvalue": "coming_from_keras",
     "clip_grad_norm_": "coming_from_pytorch",
+    "clip_grad_value_": "coming_from_pytorch",
+    "Graves": "exploding_gradients",
+    "watch the norms": "exploding_gradients",
     "loss is NaN": "loss_is_nan",
+    "checkpoint": "checkpoints",
     "clip_by_global_norm": "reference/clips",
     "float16": "mixed_precision",
 }

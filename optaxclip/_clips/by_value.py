@@ -29,7 +29,8 @@ class ClipByValueState(NamedTuple):
     Attributes:
       update_count: updates seen, shape ``()``, int32.
       largest: moduli of the largest elements before the clip.
-      clipped_fractions: shares of the elements that were outside of the range.
+      clipped_fractions: shares of the elements that were outside of the range: of one
+        with a bound that is NaN all; NaN for a leaf with a NaN.
       scope_ids: which the leaves are, as in :class:`ClipState`.
     """
 

@@ -145,5 +145,12 @@ def _over(x: jax.Array, bounds: Bounds) -> jax.Array:
     what a comparison gives to memory, first.
     """
     low = -bounds[0] if len(bounds) == 1 else bounds[0]
-    excess = jnp.maximum(jnp.maximum(x - bounds[-1], low - x), 0)
-    return jnp.minimum(excess * float(jnp.finfo(excess.dtype).max), 1)
+    return jnp.maximum(_above(x, bounds[-1]), _above(-x, -low))
+
+
+def _above(x: jax.Array, bound: jax.Array) -> jax.Array:
+    """Nothing is above an infinite bound, everything above NaN."""
+    least = jnp.isnan(bound).astype(x.dtype)
+    most = 1 - jnp.isposinf(bound).astype(x.dtype)
+    excess = x - jnp.nan_to_num(bound)
+    return jnp.clip(excess * float(jnp.finfo(x.dtype).max), least, most)

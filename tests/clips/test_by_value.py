@@ -211,6 +211,27 @@ def test_the_statistics_of_a_range_look_at_both_of_its_ends(limit, spread):
     np.testing.assert_allclose(state.largest, largest, rtol=2e-6)
 
 
+NAN, INF = np.nan, np.inf
+MOST = float(np.finfo(np.float32).max)
+ENDS = [INF, NAN, MOST, (-INF, INF), (-INF, 1.0), (-1.0, INF), (NAN, 1.0), (-INF, NAN)]
+
+
+@on_any_mesh
+@pytest.mark.parametrize("limit", ENDS, ids=str)
+def test_the_statistics_know_bounds_that_are_traced_and_not_finite(limit, spread):
+    """Within an infinite one is all, also what is infinite; within NaN is nothing."""
+    updates = jnp.array([-INF, -MOST, -2.0, -0.0, 0.5, 2.0, MOST, INF])
+
+    def step(limit):
+        clip = oc.clip_by_value(limit)
+        return spread(lambda u: clip.update(u, clip.init(u)))(updates)
+
+    _, state = jax.jit(step)(jax.tree.map(jnp.float32, limit))
+    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    inside = (low <= np.array(updates)) & (np.array(updates) <= high)
+    np.testing.assert_array_equal(state.clipped_fractions, [np.mean(~inside)])
+
+
 def test_the_statistics_count_more_elements_than_a_float_can():
     updates = jnp.ones(2**24 + 2**14, jnp.bfloat16).at[::2].set(0.25)
     clip: Any = oc.clip_by_value(0.5)

@@ -38,7 +38,8 @@ def carry_over(old_state: Any, new_state: Any) -> Any:
     what the new optimizer has no place for is dropped. They are those of this library
     and ``optax.apply_if_finite`` and ``optax.zero_nans``; the memory of
     :func:`reset_momentum` and :func:`u_clip` is one, what they wrap is none. A record
-    begins anew where its columns differ, as they do by a clip more inside of it.
+    begins anew where its columns differ, as they do by a clip more inside of it. Two
+    guards of one shape, one of a norm and one of the loss, are not told apart.
 
     Guarantees:
       * The result has the structure, shapes and dtypes of ``new_state``.

@@ -19,6 +19,7 @@ from optaxclip._clips.wrappers import ResetState, UClipState
 from optaxclip._engine.state import ClipState
 from optaxclip._guards.inputs import ZeroNonfiniteState
 from optaxclip._guards.skips import GuardState
+from optaxclip._looking import seen as _seen
 from optaxclip._looking.record import RecordState
 
 Path = tuple[Any, ...]  # of JAX's keys
@@ -44,7 +45,8 @@ class Piece(NamedTuple):
 
     Attributes:
       path: where it is.
-      state: itself, of a wrapper without what it wraps.
+      state: itself, of a wrapper without what it wraps, of which a record keeps what
+        its columns are of.
       is_needed: whether it holds more than what clips, guards and records keep.
     """
 
@@ -57,9 +59,10 @@ def pieces(state: Any, path: Path = ()) -> Iterator[Piece]:
     """Yields those of a state in their order; what holds nothing is none."""
     if type(state) in WRAPPERS:
         field = WRAPPERS[type(state)]
-        yield Piece(path, state._replace(**{field: ()}), False)
-        inner = (*path, jax.tree_util.GetAttrKey(field))
-        yield from pieces(getattr(state, field), inner)
+        wrapped = getattr(state, field)
+        columns = _columns(wrapped) if isinstance(state, RecordState) else ()
+        yield Piece(path, state._replace(**{field: columns}), False)
+        yield from pieces(wrapped, (*path, jax.tree_util.GetAttrKey(field)))
     elif type(state) in (tuple, list):
         for i, one in enumerate(state):
             yield from pieces(one, (*path, jax.tree_util.SequenceKey(i)))
@@ -94,6 +97,12 @@ def children(state: Any) -> dict[Any, Any]:
 def with_children(state: Any, others: list[Any]) -> Any:
     """Returns the node with others right below it, in the order of `children`."""
     return jax.tree.structure(state, is_leaf=lambda x: x is not state).unflatten(others)
+
+
+def _columns(recorded: Any) -> list[Any]:
+    """Returns the kind and the scopes of each clip that has columns in a record."""
+    clips = [x for x in _seen.states(recorded) if type(x) in _seen.FIELDS]
+    return [{type(x).__name__: {"scope_ids": x.scope_ids}} for x in clips]
 
 
 def _is_needed(state: Any) -> bool:

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
 
 def seen(before: Any, state: Any, dtype: Any, none: float) -> Seen:
     """Compares the states before and after a step."""
-    pairs = list(zip(_states(before), _states(state), strict=True))
+    pairs = list(zip(states(before), states(state), strict=True))
     parts, clipped = [jnp.zeros(0, dtype)], jnp.zeros((), bool)
     skipped = jnp.zeros((), bool)
     for old, new in pairs:
@@ -59,10 +59,17 @@ def count(state: Any) -> int:
     """Returns how many columns there are."""
     fields = [
         getattr(clip, field)
-        for clip in _states(state)
+        for clip in states(state)
         for field in FIELDS.get(type(clip), ())
     ]
     return sum(np.size(field) for field in fields)
+
+
+def states(state: Any) -> Iterator[Any]:
+    """Yields those of all clips and guards that have something to tell."""
+    for _, _, one in _summary.found_in(state):
+        if isinstance(one, (GuardState, *FIELDS)):
+            yield one
 
 
 def names(state: Any, paths: Sequence[str]) -> list[str]:
@@ -81,13 +88,6 @@ def names(state: Any, paths: Sequence[str]) -> list[str]:
 def of_scopes(ids: Any, known: dict[tuple[int, int], str]) -> list[str]:
     """Returns the names of scopes."""
     return _names.decoded(np.asarray(ids).astype(int).reshape(-1, 4).tolist(), known)
-
-
-def _states(state: Any) -> Iterator[Any]:
-    """Yields those of all clips and guards that have something to tell."""
-    for _, _, one in _summary.found_in(state):
-        if isinstance(one, (GuardState, *FIELDS)):
-            yield one
 
 
 def _is_clipped(clip: Any) -> jax.Array:

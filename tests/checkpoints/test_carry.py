@@ -185,6 +185,17 @@ def test_a_record_with_other_columns_begins_anew():
     assert_same(optax.tree.get(carried, "mu"), optax.tree.get(old, "mu"))
 
 
+def test_a_record_of_as_many_columns_of_others_begins_anew():
+    """Three of a global norm and two of each leaf, in another order."""
+    clips = oc.clip(0.5), oc.clip_by_global_norm(1.0)
+    old = used(oc.record(optax.chain(*clips, ADAM), size=4))
+    new = oc.record(optax.chain(*clips[::-1], ADAM), size=4).init(PARAMS)
+    assert old.memory.shape == new.memory.shape
+    assert_same(oc.carry_over(old, new).memory, new.memory)
+    with_guard = oc.record(oc.skip_if_nonfinite(optax.chain(*clips, ADAM)), size=4)
+    assert_same(oc.carry_over(old, with_guard.init(PARAMS)).memory, old.memory)
+
+
 # --------------------------------------------------------------------------------------
 # Around and inside of other things
 # --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optaxclip._measure import formulas, layouts, stacks as _stacks, totals
+from optaxclip._measure import formulas, layouts, reduce, stacks as _stacks, totals
 from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity, leaves as _leaves
 
@@ -86,8 +86,7 @@ def _together(
 ) -> Numbers:
     """Measures in one look, which a CPU takes at the speed of its memory."""
     stacks = _stacks.of(tree, splits)
-    ends = np.cumsum([stack.layers if stack else 1 for stack in stacks]).tolist()
-    scopes = [tuple(range(*some)) for some in zip([0, *ends], ends, strict=False)]
+    scopes = _scopes(stacks)
     rows = list(zip(jax.tree.leaves(tree), scopes, splits, stacks, strict=True))
     largest, counts = [], []
     for place, own in enumerate(bounds):
@@ -127,14 +126,27 @@ def _apart(
     layout: layouts.Layout = layouts.AS_THEY_ARE,
 ) -> Numbers:
     """Measures in two looks, of which other platforms make one."""
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, stacks = jax.tree.leaves(tree), _stacks.of(tree, splits)
+    scopes = _scopes(stacks)
     over = [_over(x, bounds[place]) for x, place in zip(leaves, places, strict=True)]
-    pairs = ((tree, jnp.inf), (treedef.unflatten(over), 1.0))
-    largest, counts = (
-        formulas.leaf_norms(some, splits, ord=ord).scaled(some, 1.0, layout)
-        for some, ord in pairs
-    )
+
+    def gathered(arrays: list[jax.Array], combine: totals.Combine) -> jax.Array:
+        pieces = layouts.pieces(arrays, scopes, splits, stacks, layout)
+        count = sum(map(len, scopes))
+        return reduce.gathered(
+            pieces, 1.0, 1, combine, count=count, operands=layout.operands
+        )
+
+    counts = gathered(over, jnp.sum)
+    # The largest on several devices may not be the NaN that there is.
+    largest = jnp.where(jnp.isnan(counts), counts, gathered(leaves, jnp.max))
     return largest, counts
+
+
+def _scopes(stacks: _stacks.Stacks) -> list[tuple[int, ...]]:
+    """Returns the numbers of the scopes of every leaf."""
+    ends = np.cumsum([stack.layers if stack else 1 for stack in stacks]).tolist()
+    return [tuple(range(*some)) for some in zip([0, *ends], ends, strict=False)]
 
 
 @jax.jit

@@ -183,14 +183,17 @@ def _at_smallest(columns: Sequence[jax.Array], layers: int) -> jax.Array:
     axes = tuple(i for i in range(1, key.ndim) if i != layers)
     if not axes:
         return jnp.stack(columns)
+    # A NaN may be lost in the least of several devices' numbers.
+    key = jnp.where(jnp.isnan(key), -jnp.inf, key)
     shape = tuple(key.shape[i] if i in axes else 1 for i in range(key.ndim))
     place = jnp.arange(math.prod(shape)).reshape(shape)
     # Like `argmin`, which takes XLA ten times as long to compile.
     smallest = jnp.min(key, axis=axes, keepdims=True)
-    found = (key == smallest) | jnp.isnan(key)
-    first = jnp.min(jnp.where(found, place, place.size), axis=axes, keepdims=True)
+    found = jnp.where(key == smallest, place, place.size)
+    first = jnp.min(found, axis=axes, keepdims=True)
     rows = [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in others]
-    return jnp.stack([*rows, jnp.squeeze(smallest, axes)])
+    smallest = jnp.squeeze(smallest, axes)
+    return jnp.stack([*rows, jnp.where(smallest == -jnp.inf, jnp.nan, smallest)])
 
 
 def _fitting(column: jax.Array, like: Any) -> jax.Array:

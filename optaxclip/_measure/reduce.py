@@ -75,7 +75,7 @@ def norms(
             for p, own in zip(pieces, scales, strict=True)
         ]
         scale = 1.0
-    total = functools.partial(_totals, count=count, operands=operands)
+    total = functools.partial(gathered, count=count, operands=operands)
     if ord == 1:
         return total(pieces, scale, ord, jnp.sum)
     if ord == 2:
@@ -168,7 +168,7 @@ def _rows(values: jax.Array, piece: Piece) -> jax.Array:
     return rows.reshape((-1,) + (1,) * (piece.array.ndim - 1))
 
 
-def _totals(
+def gathered(
     pieces: Sequence[Piece],
     scale: float,
     ord: float,
@@ -213,4 +213,9 @@ def _combined(
         return combine(square(x), axes, keepdims=keepdims)
     size = _modulus(x)
     is_plain = ord == 1 or combine is jnp.max
-    return combine(size if is_plain else size**ord, axes, keepdims=keepdims)
+    found = combine(size if is_plain else size**ord, axes, keepdims=keepdims)
+    if ord == jnp.inf and not collectives.is_local(x):
+        # Of pieces on several devices the largest may not be the NaN that there is.
+        missing = jnp.any(jnp.isnan(size), axes, keepdims=keepdims)
+        found = jnp.where(missing, jnp.nan, found)
+    return found

@@ -54,7 +54,7 @@ def by_scope(
 
 
 def collective(combine: Combine) -> Combine:
-    return jax.lax.psum if combine is jnp.sum else jax.lax.pmax
+    return jax.lax.psum if combine is jnp.sum else collectives.pmax
 
 
 def _total(pieces: Sequence[Piece], count: int, combine: Combine) -> jax.Array:

@@ -81,6 +81,14 @@ def replicated(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(own.mesh, PartitionSpec()))
 
 
+def pmax(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the largest numbers of all devices; ``jax.lax.pmax`` may lose a NaN."""
+    is_nan = jnp.isnan(x)
+    pair = jnp.stack([jnp.where(is_nan, 0, x), is_nan.astype(x.dtype)])
+    largest, missing = jax.lax.pmax(pair, axes)
+    return jnp.where(missing > 0, jnp.nan, largest)
+
+
 def all_devices(
     parts: Mapping[Axes, jax.Array], collective: Callable[..., jax.Array]
 ) -> jax.Array:
@@ -89,7 +97,7 @@ def all_devices(
     Args:
       parts: non-negative arrays of one shape, by the axes over which each varies. A
         part is counted once on the axes that it does not vary over.
-      collective: ``jax.lax.psum`` or ``jax.lax.pmax``.
+      collective: ``jax.lax.psum`` or `pmax`.
     """
     union = sorted(frozenset[str]().union(*parts))
     if not union:
@@ -148,7 +156,7 @@ def at_smallest(
     names = tuple(sorted(axes))
     shape = jax.sharding.get_abstract_mesh().shape
     device = _index(names)
-    key = jnp.where(jnp.isnan(key), -jnp.inf, key)
+    key = jax.lax.stop_gradient(jnp.where(jnp.isnan(key), -jnp.inf, key))
     is_best = key == jax.lax.pmin(key, names)
     last = math.prod(shape[name] for name in names)
     first = jax.lax.pmin(jnp.where(is_best, device, last), names)

@@ -13,7 +13,24 @@ from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity, leaves as _leaves
 
 Bounds = tuple[jax.Array, ...]  # low and high, or the one limit of a range
+Sides = tuple["Side", ...]  # the lower and the upper one, or one of both
 Numbers = tuple[jax.Array, jax.Array]  # of every scope: the largest modulus, the count
+
+
+class Side(NamedTuple):
+    """One end of a range, and what is computed with: a number of its own each.
+
+    Attributes:
+      bound: of the upper end, or of the lower one with its sign changed.
+      finite: the same, as a finite number.
+      least: what the least excess counts: 1 above a bound that is NaN.
+      most: what the largest excess counts: 0 above an infinite bound.
+    """
+
+    bound: jax.Array
+    finite: jax.Array
+    least: jax.Array
+    most: jax.Array
 
 
 class Seen(NamedTuple):
@@ -39,7 +56,9 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     sizes = np.array(formulas.sizes(tree, splits), leaves.dtype)
     # Bounds of its own, for what the clip shares with the sum would go to memory.
     each = {id(some): some for some in bounds}
-    own = jax.lax.optimization_barrier(jax.lax.stop_gradient(list(each.values())))
+    own = jax.lax.optimization_barrier(
+        jax.lax.stop_gradient(list(map(_sides, each.values())))
+    )
     places = [list(each).index(id(some)) for some in bounds]
     largest, counts = _numbers(tree, splits, own, places)
     largest = infinity.replaced(largest.astype(leaves.dtype))
@@ -52,7 +71,7 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
 
 
 def _numbers(
-    tree: Any, splits: _splits.Splits, bounds: list[Bounds], places: list[int]
+    tree: Any, splits: _splits.Splits, bounds: list[Sides], places: list[int]
 ) -> Numbers:
     """Measures leaves of real numbers.
 
@@ -79,7 +98,7 @@ def _numbers(
 
 def _together(
     tree: Any,
-    bounds: list[Bounds],
+    bounds: list[Sides],
     splits: _splits.Splits,
     places: list[int],
     layout: layouts.Layout = layouts.ON_CPU,
@@ -106,9 +125,8 @@ def _together(
 
 
 @functools.partial(jax.jit, static_argnames="axes")
-def _reduced(x: jax.Array, bounds: Bounds, axes: tuple[int, ...]) -> Numbers:
-    low = -bounds[0] if len(bounds) == 1 else bounds[0]
-    outside = ~((low <= x) & (x <= bounds[-1]))
+def _reduced(x: jax.Array, sides: Sides, axes: tuple[int, ...]) -> Numbers:
+    outside = ~((-sides[0].bound <= x) & (x <= sides[-1].bound))
     largest, count = jax.lax.reduce(
         (abs(x), outside.astype(jnp.int32)),
         (np.zeros((), x.dtype), np.int32(0)),
@@ -120,7 +138,7 @@ def _reduced(x: jax.Array, bounds: Bounds, axes: tuple[int, ...]) -> Numbers:
 
 def _apart(
     tree: Any,
-    bounds: list[Bounds],
+    bounds: list[Sides],
     splits: _splits.Splits,
     places: list[int],
     layout: layouts.Layout = layouts.AS_THEY_ARE,
@@ -150,19 +168,25 @@ def _scopes(stacks: _stacks.Stacks) -> list[tuple[int, ...]]:
 
 
 @jax.jit
-def _over(x: jax.Array, bounds: Bounds) -> jax.Array:
+def _over(x: jax.Array, sides: Sides) -> jax.Array:
     """Returns 1 where an element is out of bounds, 0 elsewhere, NaN for a NaN.
 
     By arithmetic alone, which a CPU does in the loop that adds them up: it would write
     what a comparison gives to memory, first.
     """
-    low = -bounds[0] if len(bounds) == 1 else bounds[0]
-    return jnp.maximum(_above(x, bounds[-1]), _above(-x, -low))
+    return jnp.maximum(_above(x, sides[-1]), _above(-x, sides[0]))
 
 
-def _above(x: jax.Array, bound: jax.Array) -> jax.Array:
-    """Nothing is above an infinite bound, everything above NaN."""
-    least = jnp.isnan(bound).astype(x.dtype)
-    most = 1 - jnp.isposinf(bound).astype(x.dtype)
-    excess = x - jnp.nan_to_num(bound)
-    return jnp.clip(excess * float(jnp.finfo(x.dtype).max), least, most)
+def _above(x: jax.Array, side: Side) -> jax.Array:
+    excess = (x - side.finite) * float(jnp.finfo(x.dtype).max)
+    return jnp.clip(excess, side.least, side.most)
+
+
+def _sides(bounds: Bounds) -> Sides:
+    return tuple(map(_side, bounds if len(bounds) == 1 else (-bounds[0], bounds[1])))
+
+
+def _side(bound: jax.Array) -> Side:
+    least = jnp.isnan(bound).astype(bound.dtype)
+    most = 1 - jnp.isposinf(bound).astype(bound.dtype)
+    return Side(bound, jnp.nan_to_num(bound), least, most)

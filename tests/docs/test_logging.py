@@ -24,7 +24,7 @@ import optaxclip
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "logging.md"
 SECTION = re.compile(r"^#+ (.*?)\n.*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 CODE = dict(SECTION.findall(PAGE.read_text(encoding="utf-8")))
-LOOP = "Log what the clips did"
+LOOP = "Log what the clips did: CSV, TensorBoard, Weights & Biases"
 STEPS = 20
 BAD = 5  # the step whose batch has a NaN
 CULPRIT = "guard/culprit/dense/bias"  # a name that is not there before it

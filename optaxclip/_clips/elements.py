@@ -187,6 +187,8 @@ def _sides(bounds: Bounds) -> Sides:
 
 
 def _side(bound: jax.Array) -> Side:
-    least = jnp.isnan(bound).astype(bound.dtype)
-    most = 1 - jnp.isposinf(bound).astype(bound.dtype)
-    return Side(bound, jnp.nan_to_num(bound), least, most)
+    highest = float(jnp.finfo(bound.dtype).max)
+    is_nan = jnp.isnan(bound)
+    finite = jnp.where(is_nan, 0, jnp.clip(bound, -highest, highest))
+    least, most = (x.astype(bound.dtype) for x in (is_nan, ~(bound > highest)))
+    return Side(bound, finite, least, most)

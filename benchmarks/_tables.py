@@ -46,6 +46,12 @@ class Table(NamedTuple):
     floor: str = ""
 
 
+def _scaling(along: str, figures: Mapping[str, str]) -> Table:
+    """Returns that of how figures grow along leaves, elements or devices."""
+    head = {"clip": "clip", "at": along}
+    return Table("scaling", head, figures, "contender", only={"along": along})
+
+
 TREE = {"tree": "tree", "leaves": "leaves"}
 TABLES = {
     "overhead": Table(
@@ -74,26 +80,10 @@ TABLES = {
         "contender",
         floor="of traffic, as many passes over memory as the clip needs: the column.",
     ),
-    "scaling, leaves": Table(
-        "scaling",
-        {"clip": "clip", "at": "leaves"},
-        {"kernels": "kernels"},
-        "contender",
-        only={"along": "leaves"},
-    ),
-    "scaling, elements": Table(
-        "scaling",
-        {"clip": "clip", "at": "elements"},
-        {"traffic": "traffic"},
-        "contender",
-        only={"along": "elements"},
-    ),
-    "scaling, devices": Table(
-        "scaling",
-        {"clip": "clip", "at": "devices"},
-        {"all_reduce": "all-reduces", "collective_bytes": "bytes of them"},
-        "contender",
-        only={"along": "devices"},
+    "scaling, leaves": _scaling("leaves", {"kernels": "kernels"}),
+    "scaling, elements": _scaling("elements", {"traffic": "traffic"}),
+    "scaling, devices": _scaling(
+        "devices", {"all_reduce": "all-reduces", "collective_bytes": "bytes of them"}
     ),
     "compile_time": Table(
         "compile_time",

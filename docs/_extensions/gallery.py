@@ -73,13 +73,16 @@ def parts(path):
 
 
 def write(app):
-    """Writes the pages that are not there, or not as they should be."""
+    """Writes the pages that are not as they should be, and removes all others."""
     PAGES.mkdir(exist_ok=True)
     all_parts = [parts(path) for path in lessons()]
     cards = "\n".join(CARD.format(**part) for part in all_parts)
     entries = "\n".join("{stem}.py <{stem}>".format(**part) for part in all_parts)
     pages = {part["stem"]: PAGE.format(**part) for part in all_parts}
     pages["index"] = INDEX.format(cards=cards, entries=entries)
+    for path in PAGES.glob("*.md"):
+        if path.stem not in pages:
+            path.unlink()
     for stem, page in pages.items():
         path = PAGES / f"{stem}.md"
         if not path.exists() or path.read_text(encoding="utf-8") != page:

@@ -17,7 +17,7 @@ PAGES = {
         "whole step": Table(
             "whole_step",
             {"contender": "clip"},
-            {"run_ms": "ms", "run_added": "+ % (25/50/75)"},
+            {"run_ms": "ms", "run_added": "+ % (from/median/to)"},
             only={"optimizer": "momentum"},
         ),
         "step of GPT-2": Table(

@@ -67,9 +67,9 @@ TABLES = {
         {"optimizer": "optimizer", "contender": "clip"},
         {
             "run_ms": "ms",
-            "run_added": "+ % (25/50/75)",
+            "run_added": "+ % (from/median/to)",
             "cpu_ms": "processor ms",
-            "cpu_added": "processor + % (25/50/75)",
+            "cpu_added": "processor + % (from/median/to)",
         },
         floor="`one read` of the gradients, from memory.",
     ),

@@ -157,14 +157,19 @@ def summarize(times: Times, baseline: str) -> dict[str, Summary]:
     }
 
 
-def quartiles(times: Times, baseline: str) -> dict[str, tuple[float, float, float]]:
-    """Returns the quartiles of the ratios to the baseline by round, 25 % first."""
+def medians(times: Times, baseline: str) -> dict[str, list[float]]:
+    """Returns the median of the ratios to the baseline by round, and its 95 % interval.
+
+    The interval is that of order statistics, whatever the distribution: smallest first,
+    the median in the middle. Of a few rounds it is all that was seen.
+    """
     base = np.asarray(times[baseline])
-    found = {
-        name: np.percentile(seconds / base, [25, 50, 75]).tolist()
+    reach = min(98 / np.sqrt(len(base)), 50)  # 1.96 standard errors of a share of 1/2
+    shares = [50 - reach, 50, 50 + reach]
+    return {
+        name: np.percentile(seconds / base, shares).tolist()
         for name, seconds in times.items()
     }
-    return {name: tuple(parts) for name, parts in found.items()}
 
 
 def figures(run: Summary, compiling: Summary) -> dict[str, float]:

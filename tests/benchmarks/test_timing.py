@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 
 
@@ -13,13 +14,22 @@ def timing(script):
 def test_ratios_are_taken_within_a_round(timing):
     # A slow moment of the machine hits all contenders of its round alike.
     times = {"base": [1.0, 10.0, 2.0], "other": [1.5, 15.0, 3.0]}
-    assert timing.quartiles(times, "base")["other"] == (1.5, 1.5, 1.5)
+    assert timing.medians(times, "base")["other"] == [1.5, 1.5, 1.5]
     assert timing.summarize(times, "base")["other"] == (3.0, 1.5, 1.0)
 
 
-def test_quartiles_come_smallest_first(timing):
-    times = {"base": [1.0] * 5, "other": [5.0, 1.0, 4.0, 2.0, 3.0]}
-    assert timing.quartiles(times, "base")["other"] == (2.0, 3.0, 4.0)
+def test_the_interval_of_a_few_rounds_is_all_that_was_seen(timing):
+    times = {"base": [1.0] * 3, "other": [5.0, 1.0, 4.0]}
+    assert timing.medians(times, "base")["other"] == [1.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize("rounds", [20, 61, 301])
+def test_the_median_is_in_its_interval_nineteen_times_of_twenty(timing, rounds):
+    rng, base = np.random.default_rng(0), [1.0] * rounds
+    draws = rng.lognormal(size=(2000, rounds))  # their median is 1
+    found = [timing.medians({"base": base, "x": x}, "base")["x"] for x in draws]
+    inside = [low <= 1 <= high for low, _, high in found]
+    assert 0.93 < np.mean(inside) < 0.97
 
 
 @pytest.mark.parametrize(("whole", "less"), [(True, 100.0), (False, 0.0)])

@@ -60,7 +60,7 @@ def broken(
         return jnp.zeros(rest + 1, bool)
     flags = jnp.any(_joined(found), axis=1)
     is_own = np.arange(rest + 1)[:, None] == np.array(own)
-    flags = jnp.any(is_own & flags, axis=1)
+    flags = jnp.any(is_own & flags[None], axis=1)
     manual = frozenset(collectives.manual_axes())
     return collectives.anywhere(flags, manual)
 

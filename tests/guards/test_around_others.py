@@ -11,6 +11,7 @@ import optax.contrib
 import pytest
 from flax import nnx
 
+import guard_cases
 import helpers
 from helpers import oc
 from optaxclip import norms
@@ -103,6 +104,22 @@ def test_strict_promotion_is_kept(guard):
         updates, state = tx.update(grads, state, params)
         assert int(state.step_count) == 2
         jax.jit(oc.keep_if_skipped)(state, grads, updates)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [oc.skip_if_nonfinite, oc.skip_if_spike, oc.zero_nonfinite, oc.reset_momentum],
+    ids=lambda guard: guard.__name__,
+)
+@pytest.mark.usefixtures("strict_shapes")
+def test_no_rank_is_promoted(guard):
+    inner = optax.chain(oc.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+    tx = guard(inner) if guard is not oc.zero_nonfinite else guard()
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones(())}
+    step, state = guard_cases.stepper(tx), tx.init(params)
+    for _ in range(2):
+        params, state = step(params, state, params, value=jnp.float32(1.0))
+    chex.assert_tree_all_finite(params)
 
 
 @pytest.mark.parametrize(

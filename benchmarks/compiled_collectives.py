@@ -104,11 +104,11 @@ def allowed(form: str, clip: str, params: Tree) -> int:
     if clip != "adaptive":
         once = 1 if form == SHARD_MAP else len(set(specs) - {()})
         return 2 * once if clip == "value" else once  # a sum and a maximum
+    if form == SHARD_MAP:  # norms; which unit was clipped hardest; on CPU, any rescue
+        return 3
     # A unit is a column, a sum over its rows; all of a vector.
     rows = len({spec[:1] for spec in specs} - {()})
     columns = len({spec[1:] for spec in specs} - {()})
-    if form == SHARD_MAP:  # updates, params; which unit; on CPU, whether to rescue
-        return 2 * (rows + 1) + 1 + 2
     return rows + (FIND_HARDEST + 1) * columns
 
 

@@ -15,7 +15,7 @@ from optaxclip._engine import state as _state
 from optaxclip._engine.clip_by import Rule, clipped
 from optaxclip._engine.limits import Threshold
 from optaxclip._measure import reduce
-from optaxclip._mesh import collectives, splits as _splits, summed
+from optaxclip._mesh import collectives, side_by_side, splits as _splits, summed
 from optaxclip._trees import leaves as _leaves
 
 _MIXED_IN = 1e-2  # of the start vector, at every step
@@ -159,7 +159,8 @@ def _of_all_devices(
         else v
         for v, split in zip(vectors, splits, strict=True)
     ]
-    return collectives.each_over(placed, axes, jax.lax.psum)
+    whole = [frozenset[str]()] * len(placed)
+    return side_by_side.each_over(placed, axes, whole, jax.lax.psum)
 
 
 def _joined(vectors: list[jax.Array], leaves: _leaves.Leaves) -> jax.Array:

@@ -17,7 +17,7 @@ from optaxclip._measure import (
     stacks as _stacks,
     units as _units,
 )
-from optaxclip._mesh import collectives, spread as _spread
+from optaxclip._mesh import collectives, side_by_side, spread as _spread
 from optaxclip._trees import infinity, leaves as _leaves
 
 
@@ -98,7 +98,7 @@ def after(
         columns = _hardest(columns, _stacks.of_leaves(leaves))
     columns = [_fitting(x, zero) for x in columns]
     if measured.axes:
-        columns = collectives.at_smallest(columns[-1], columns, measured.axes)
+        columns = side_by_side.at_smallest(columns, measured.axes)
     new_norms, new_max_norms, new_factors = columns
     return ClipState(
         update_count=jnp.asarray(optax.safe_increment(state.update_count)),
@@ -136,7 +136,7 @@ def _hardest(
         units = (_units.Units(arrays, keys.places) for arrays in every)
         places = list(map(tuple, alike.values()))
         rows = _of_hardest([_units.rejoined(x, places) for x in units], stacks)
-        return collectives.at_smallest(rows[-1], rows, axes) if axes else rows
+        return side_by_side.at_smallest(rows, axes) if axes else rows
 
     specs = [spread.specs] * len(columns)
     shardings = jax.tree.map(lambda spec: NamedSharding(spread.mesh, spec), specs)

@@ -10,7 +10,7 @@ import numpy as np
 
 from optaxclip._measure import layouts, totals
 from optaxclip._measure.layouts import Piece
-from optaxclip._mesh import collectives
+from optaxclip._mesh import collectives, side_by_side
 from optaxclip._mesh.collectives import Axes
 
 Scale = float | jax.Array
@@ -25,12 +25,14 @@ class Reduction(NamedTuple):
       array: the leaf.
       dimensions: those to reduce, which stay with size 1.
       axes: the mesh axes that split these.
+      kept: those that split the others.
       layers: the dimension that goes over the layers of a stack; -1 if none does.
     """
 
     array: jax.Array
     dimensions: tuple[int, ...]
     axes: Axes
+    kept: Axes
     layers: int
 
 
@@ -193,8 +195,8 @@ def _totals_along(
         _combined(x.array, scale, ord, combine, tuple(x.dimensions), keepdims=True)
         for x in leaves
     ]
-    axes = [x.axes for x in leaves]
-    found = collectives.each_over(parts, axes, totals.collective(combine))
+    axes, kept = [x.axes for x in leaves], [x.kept for x in leaves]
+    found = side_by_side.each_over(parts, axes, kept, totals.collective(combine))
     return [jnp.stack([found[i] for i in some]) for some in alike(leaves)]
 
 

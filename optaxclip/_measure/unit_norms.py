@@ -87,7 +87,7 @@ def unit_norms(
             for layer in range(stack.layers if stack else 1)
         ]
 
-    differ = [splits[i].axes - units[i].axes for i in rest]
+    differ = [units[i].kept for i in rest]
     return forms.Plain(
         norms,
         tuple((i,) for i in range(len(leaves))),
@@ -126,7 +126,8 @@ def _unit(
     axes = _unit_axes(tuple(shape[d] for d in own), axis, path)
     dimensions = tuple({own[d]: None for d in axes})
     along = -1 if stack is None else stack.axis
-    return reduce.Reduction(leaf, dimensions, split.along(dimensions), along)
+    over = split.along(dimensions)
+    return reduce.Reduction(leaf, dimensions, over, split.axes - over, along)
 
 
 def _unit_axes(shape: tuple[int, ...], axis: Axis | None, path: str) -> tuple[int, ...]:

@@ -5,14 +5,12 @@ Under ``jit`` with sharded arrays the compiler inserts the collectives. Inside
 pieces differ.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = frozenset[str]
@@ -99,41 +97,14 @@ def all_devices(
         part is counted once on the axes that it does not vary over.
       collective: ``jax.lax.psum`` or `pmax`.
     """
-    union = sorted(frozenset[str]().union(*parts))
+    union = frozenset[str]().union(*parts)
     if not union:
         (part,) = parts.values()
         return part
-    once = [
-        _at_origin(part, [a for a in union if a not in axes])
-        for axes, part in parts.items()
-    ]
+    once = [at_origin(part, union - axes) for axes, part in parts.items()]
     if collective is jax.lax.psum:
-        return jax.lax.psum(sum(once), tuple(union))
-    return collective(jnp.max(jnp.stack(once), axis=0), tuple(union))
-
-
-def each_over(
-    parts: Sequence[jax.Array],
-    axes: Sequence[Axes],
-    collective: Callable[..., jax.Array],
-) -> list[jax.Array]:
-    """Combines every part over its own mesh axes, in one collective for each set.
-
-    Parts of one set whose types differ stay apart: joined, they would all vary over
-    whatever one of them does.
-    """
-    alike: dict[tuple[Axes, Axes], list[int]] = {}
-    for i, (part, some) in enumerate(zip(parts, axes, strict=True)):
-        alike.setdefault((some, varying_axes(part)), []).append(i)
-    combined = list(parts)
-    for (some, _), places in alike.items():
-        if some:
-            flat = jnp.concatenate([parts[i].ravel() for i in places])
-            ends = np.cumsum([parts[i].size for i in places])[:-1]
-            pieces = jnp.split(collective(flat, tuple(sorted(some))), ends)
-            for i, piece in zip(places, pieces, strict=True):
-                combined[i] = piece.reshape(parts[i].shape)
-    return combined
+        return jax.lax.psum(sum(once), tuple(sorted(union)))
+    return collective(jnp.max(jnp.stack(once), axis=0), tuple(sorted(union)))
 
 
 def anywhere(condition: jax.Array, axes: Axes) -> jax.Array:
@@ -141,27 +112,6 @@ def anywhere(condition: jax.Array, axes: Axes) -> jax.Array:
     if not axes:
         return condition
     return jax.lax.psum(condition.astype(jnp.int32), tuple(sorted(axes))) > 0
-
-
-def at_smallest(
-    key: jax.Array, values: Sequence[jax.Array], axes: Axes
-) -> list[jax.Array]:
-    """Returns the values of the device whose key is smallest, element by element.
-
-    Args:
-      key: vector; NaN is smaller than any number.
-      values: vectors of that length.
-      axes: the mesh axes along which to look.
-    """
-    names = tuple(sorted(axes))
-    shape = jax.sharding.get_abstract_mesh().shape
-    device = _index(names)
-    key = jax.lax.stop_gradient(jnp.where(jnp.isnan(key), -jnp.inf, key))
-    is_best = key == jax.lax.pmin(key, names)
-    last = math.prod(shape[name] for name in names)
-    first = jax.lax.pmin(jnp.where(is_best, device, last), names)
-    rows = jnp.where((device == first)[None], jnp.stack(values), 0)
-    return list(jax.lax.psum(rows, names))
 
 
 def own_piece(
@@ -185,19 +135,20 @@ def _start(
     shape: Sequence[int], dimensions: Sequence[Collection[str]]
 ) -> list[jax.Array]:
     every = [*dimensions, *[()] * len(shape)]  # those that no spec names are whole
-    return [size * _index(axes) for size, axes in zip(shape, every, strict=False)]
+    return [size * index(axes) for size, axes in zip(shape, every, strict=False)]
 
 
-def _index(axes: Collection[str]) -> jax.Array:
+def index(axes: Collection[str]) -> jax.Array:
     """Returns the place of this device among those along some mesh axes."""
     shape = jax.sharding.get_abstract_mesh().shape
-    index = jnp.zeros((), jnp.int32)
+    place = jnp.zeros((), jnp.int32)
     for axis in axes:
-        index = index * shape[axis] + jax.lax.axis_index(axis)
-    return index
+        place = place * shape[axis] + jax.lax.axis_index(axis)
+    return place
 
 
-def _at_origin(part: jax.Array, axes: list[str]) -> jax.Array:
-    for axis in axes:
+def at_origin(part: jax.Array, axes: Axes) -> jax.Array:
+    """Returns it on the first device along some mesh axes, and 0 on the others."""
+    for axis in sorted(axes):
         part = jnp.where(jax.lax.axis_index(axis) == 0, part, jnp.zeros_like(part))
     return part

@@ -71,7 +71,7 @@ ALL_REDUCES = {
     ("jit", "group_norm"): 3,
     ("jit", "leaf_norm"): 3,
     ("jit", "value"): 6,
-    ("shard_map", "adaptive"): 6,
+    ("shard_map", "adaptive"): 2,
     ("shard_map", "block_rms"): 1,
     ("shard_map", "global_norm"): 1,
     ("shard_map", "group_norm"): 1,

@@ -1,5 +1,6 @@
 """What a clip saw, for people to read: its state at first and after a step."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -173,20 +174,35 @@ def _of_hardest(
 def _at_smallest(columns: Sequence[jax.Array], layers: int) -> jax.Array:
     """Returns of each row the numbers where those of the last column are smallest.
 
-    By masks, for an index into units that are spread over devices would gather them.
+    A NaN is less than any number, and of equal ones the first is taken.
 
     Args:
       columns: arrays of one shape.
       layers: an axis besides the first to be kept; -1 for none.
     """
-    *others, key = columns
+    key = columns[-1]
     axes = tuple(i for i in range(1, key.ndim) if i != layers)
     if not axes:
         return jnp.stack(columns)
+    by_masks = functools.partial(_by_masks, axes)
+    if not collectives.is_local(key):
+        return by_masks(columns)
+
+    @jax.custom_jvp
+    def chosen(columns: Sequence[jax.Array]) -> jax.Array:
+        at_once = functools.partial(_in_one_look, axes)
+        return jax.lax.platform_dependent(columns, cuda=at_once, default=by_masks)
+
+    chosen.defjvp(functools.partial(jax.jvp, by_masks))
+    return chosen(columns)
+
+
+def _by_masks(axes: tuple[int, ...], columns: Sequence[jax.Array]) -> jax.Array:
+    """Does so with numbers that may be spread over devices, and compiles fast."""
+    *others, key = columns
     # A NaN may be lost in the least of several devices' numbers.
     key = jnp.where(jnp.isnan(key), -jnp.inf, key)
-    shape = tuple(key.shape[i] if i in axes else 1 for i in range(key.ndim))
-    place = jnp.arange(math.prod(shape)).reshape(shape)
+    place = _places(key, axes)
     # Like `argmin`, which takes XLA ten times as long to compile.
     smallest = jnp.min(key, axis=axes, keepdims=True)
     found = jnp.where(key == smallest, place, place.size)
@@ -194,6 +210,31 @@ def _at_smallest(columns: Sequence[jax.Array], layers: int) -> jax.Array:
     rows = [jnp.sum(jnp.where(place == first, x, 0), axis=axes) for x in others]
     smallest = jnp.squeeze(smallest, axes)
     return jnp.stack([*rows, jnp.where(smallest == -jnp.inf, jnp.nan, smallest)])
+
+
+def _in_one_look(axes: tuple[int, ...], columns: Sequence[jax.Array]) -> jax.Array:
+    """Does so on a GPU: a kernel, in which the columns are computed, too."""
+    *others, key = columns
+    key = jnp.where(jnp.isnan(key), -jnp.inf, key)
+    place = jnp.broadcast_to(_places(key, axes), key.shape)
+
+    def first(a: Any, b: Any) -> Any:
+        is_first = (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return tuple(jnp.where(is_first, x, y) for x, y in zip(a, b, strict=True))
+
+    last = jnp.iinfo(place.dtype).max
+    start = [np.array(jnp.inf, key.dtype), np.array(last, place.dtype)]
+    start += [np.zeros((), x.dtype) for x in others]
+    smallest, _, *rows = jax.lax.reduce(
+        (key, place, *others), tuple(start), first, axes
+    )
+    return jnp.stack([*rows, jnp.where(smallest == -jnp.inf, jnp.nan, smallest)])
+
+
+def _places(key: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the place of each number along some axes."""
+    shape = tuple(key.shape[i] if i in axes else 1 for i in range(key.ndim))
+    return jnp.arange(math.prod(shape)).reshape(shape)
 
 
 def _fitting(column: jax.Array, like: Any) -> jax.Array:

@@ -83,7 +83,11 @@ def on_any_platform(plain: Plain, updates: Any, dtype: Any) -> Exact:
 
 
 def ours_on_any_platform(
-    formula: Formula, splits: _splits.Splits, updates: Any, dtype: Any
+    formula: Formula,
+    splits: _splits.Splits,
+    updates: Any,
+    dtype: Any,
+    layout: layouts.Layout,
 ) -> Exact:
     """The same of a formula of this library's, which has a form more.
 
@@ -93,7 +97,7 @@ def ours_on_any_platform(
     plain = formula(updates, splits)
 
     def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
-        found = _ours(formula(updates, splits), dtype, updates)
+        found = _ours(formula(updates, splits), dtype, layout, updates)
         if isinstance(plain.specs, _units.Units):
             places = plain.specs.places
             norms, powers = (_units.rejoined(x, places) for x in found)
@@ -105,7 +109,7 @@ def ours_on_any_platform(
         leaves, treedef = jax.tree.flatten(updates)
         spread = _spread.by_type(leaves)
         if spread is None:
-            return _ours(plain, dtype, updates)
+            return _ours(plain, dtype, layout, updates)
         return jax.shard_map(
             functools.partial(on_pieces, splits=spread.splits()),
             mesh=spread.mesh,
@@ -132,10 +136,10 @@ def ours_on_any_platform(
     return exact(updates)
 
 
-def _ours(plain: Plain, dtype: Any, updates: Any) -> Exact:
-    on_gpu = functools.partial(at_three_scales, plain, dtype, layouts.ON_GPU)
+def _ours(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Exact:
+    on_gpu = functools.partial(at_three_scales, plain, dtype, layout)
     if dtype == jnp.float32 and _has_fast_doubles():
-        on_gpu = functools.partial(in_doubles, plain)
+        on_gpu = functools.partial(in_doubles, plain, layout)
     return jax.lax.platform_dependent(
         updates,
         cpu=functools.partial(rescued, plain, dtype),
@@ -166,10 +170,10 @@ def at_three_scales(
     return jax.tree.map(_pick, powers, norms, down, up), powers
 
 
-def in_doubles(plain: Plain, updates: Any) -> Exact:
+def in_doubles(plain: Plain, layout: layouts.Layout, updates: Any) -> Exact:
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(_double(x.dtype)), updates)
-        norms = plain.scaled(wide, 1.0, layouts.ON_GPU)
+        norms = plain.scaled(wide, 1.0, layout)
         powers = jax.tree.map(_power_of_double, norms)
         pairs = jax.tree.map(lambda x, p: (x * p).astype(jnp.float32), norms, powers)
         return pairs, jax.tree.map(lambda p: p.astype(jnp.float32), powers)

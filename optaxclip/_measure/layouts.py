@@ -1,5 +1,6 @@
 """How are leaves laid out for the kernels that reduce them? Joined, or by rows."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax import lax
 from optaxclip._measure import stacks as _stacks
 from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._mesh.collectives import Axes
+from optaxclip._trees.leaves import Leaves
 
 
 class Layout(NamedTuple):
@@ -20,18 +22,33 @@ class Layout(NamedTuple):
       operands: at most so many of them in one kernel.
       width: other leaves are reduced by rows of at most so many elements first; 0 for
         at once.
+      equal: at most so many small leaves of one shape in one kernel for their units.
+      height: units are reduced by at most so many rows first; 0 for at once.
     """
 
     small: int = 0
     operands: int = 1
     width: int = 0
+    equal: int = 1
+    height: int = 0
 
 
 AS_THEY_ARE = Layout()  # a TPU reduces small leaves together by itself
 ON_CPU = Layout(small=8192, operands=256)
 # Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
 # sum of a whole large leaf takes two kernels, its rows all together share the second.
-ON_GPU = Layout(small=65536, operands=64, width=8192)
+ON_GPU = Layout(small=65536, operands=64, width=8192, equal=64)
+# Of 16 bits XLA for GPU reads many columns at once, and where that makes too few blocks
+# of work it writes their squares to memory, eight bytes each.
+ON_GPU_NARROW = ON_GPU._replace(height=256)
+ENOUGH = 4096  # columns
+
+
+def on_gpu(leaves: Leaves) -> Layout:
+    """Returns how a GPU wants the counted leaves, by what they are before a cast."""
+    kinds = [getattr(leaves.leaves[i], "dtype", jnp.float32) for i in leaves.counted]
+    is_narrow = any(jnp.finfo(kind).bits < 32 for kind in kinds)
+    return ON_GPU_NARROW if is_narrow else ON_GPU
 
 
 class Piece(NamedTuple):
@@ -86,6 +103,30 @@ def pieces(
 def first(piece: Piece) -> tuple[int, ...]:
     """Returns the axes of a piece to be reduced at first."""
     return (2,) if piece.by_rows else tuple(range(1, piece.array.ndim))
+
+
+def of_one_shape(
+    places: Sequence[int], leaf: jax.Array, layout: Layout
+) -> list[Sequence[int]]:
+    """Returns which leaves of one shape a kernel reduces together by unit."""
+    return _batches(places, layout.equal if leaf.size < layout.small else 1)
+
+
+def blocks(x: jax.Array, along: tuple[int, ...], layout: Layout) -> jax.Array | None:
+    """Returns leaves ``x[i]`` in blocks of rows, to be reduced along axis 2 and 1.
+
+    None if they are to be reduced along those axes at once.
+    """
+    kept = x.shape[len(along) + 1 :]
+    size = math.prod(x.shape[1 : len(along) + 1])
+    columns = len(x) * math.prod(kept)
+    is_tall = 0 < layout.height < size and columns < ENOUGH
+    if not is_tall or along != tuple(range(1, len(along) + 1)):
+        return None
+    height = _width(size, layout.height) if collectives.is_local(x) else 0
+    if not height:
+        return None
+    return lax.reshape(x, (len(x), size // height, height, *kept))
 
 
 def joined(parts: Iterable[Piece], operands: int) -> list[Piece]:

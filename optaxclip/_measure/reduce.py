@@ -92,30 +92,29 @@ def norms(
 
 
 def alike(leaves: Sequence[Reduction]) -> list[list[int]]:
-    """Returns which may have their norms in one array: alike, and surely local."""
+    """Returns which have their norms in one array: of one shape, and surely local."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        shape = np.array(leaf.array.shape)
-        shape[list(leaf.dimensions)] = 1
-        varying = collectives.varying_axes(leaf.array) - leaf.axes
-        key = tuple(shape), varying, leaf.layers
-        kind = key if collectives.is_local(leaf.array) else i
+        x = leaf.array
+        key = x.shape, x.dtype, collectives.varying_axes(x), *leaf[1:]
+        kind = key if collectives.is_local(x) else i
         found.setdefault(kind, []).append(i)
     return list(found.values())
 
 
 def norms_along(
-    leaves: Sequence[Reduction], scale: float, ord: float
+    leaves: Sequence[Reduction], scale: float, ord: float, layout: layouts.Layout
 ) -> list[jax.Array]:
     """Returns the norms along some dimensions, kept with size 1, times ``scale``.
 
     Each is an array of the norms of leaves that are `alike`.
     """
+    total = functools.partial(_totals_along, layout=layout)
     if ord == 1:
-        return _totals_along(leaves, scale, ord, jnp.sum)
+        return total(leaves, scale, ord, jnp.sum)
     if ord == 2:
-        return [root(x, 2) for x in _totals_along(leaves, scale, ord, jnp.sum)]
-    largest = _totals_along(leaves, scale, ord, jnp.max)
+        return [root(x, 2) for x in total(leaves, scale, ord, jnp.sum)]
+    largest = total(leaves, scale, ord, jnp.max)
     if ord == jnp.inf:
         return largest
     units = [_unit(x) for x in largest]
@@ -126,7 +125,7 @@ def norms_along(
     }
     leaves = [x._replace(array=scaled(x.array, scale)) for x in leaves]
     shrunk = [x._replace(array=over(x.array, rows[i])) for i, x in enumerate(leaves)]
-    sums = _totals_along(shrunk, 1.0, ord, jnp.sum)
+    sums = total(shrunk, 1.0, ord, jnp.sum)
     return [unit * root(x, ord) for unit, x in zip(units, sums, strict=True)]
 
 
@@ -188,16 +187,46 @@ def gathered(
 
 
 def _totals_along(
-    leaves: Sequence[Reduction], scale: float, ord: float, combine: Combine
+    leaves: Sequence[Reduction],
+    scale: float,
+    ord: float,
+    combine: Combine,
+    layout: layouts.Layout,
 ) -> list[jax.Array]:
     """Combines the powers of the elements by unit, over devices too."""
-    parts = [
-        _combined(x.array, scale, ord, combine, tuple(x.dimensions), keepdims=True)
-        for x in leaves
+    batches = [
+        (group, leaves[few[0]], jnp.stack([leaves[i].array for i in few]))
+        for group, some in enumerate(alike(leaves))
+        for few in layouts.of_one_shape(some, leaves[some[0]].array, layout)
     ]
-    axes, kept = [x.axes for x in leaves], [x.kept for x in leaves]
-    found = side_by_side.each_over(parts, axes, kept, totals.collective(combine))
-    return [jnp.stack([found[i] for i in some]) for some in alike(leaves)]
+    parts = [
+        _along(array, scale, ord, combine, one.dimensions, layout)
+        for _, one, array in batches
+    ]
+    axes, kept = zip(*((one.axes, one.kept) for _, one, _ in batches), strict=True)
+    every = side_by_side.each_over(parts, axes, kept, totals.collective(combine))
+    found: dict[int, list[jax.Array]] = {}
+    for (group, *_), part in zip(batches, every, strict=True):
+        found.setdefault(group, []).append(part)
+    return [jnp.concatenate(some) for some in found.values()]
+
+
+def _along(
+    x: jax.Array,
+    scale: float,
+    ord: float,
+    combine: Combine,
+    dimensions: tuple[int, ...],
+    layout: layouts.Layout,
+) -> jax.Array:
+    """Combines the powers of leaves of one shape, ``x[i]``, by unit."""
+    along = tuple(d + 1 for d in dimensions)
+    blocks = layouts.blocks(x, along, layout)
+    if blocks is None:
+        return _combined(x, scale, ord, combine, along, keepdims=True)
+    sums = _combined(blocks, scale, ord, combine, (2,))
+    whole = combine(jnp.abs(sums), axis=1)  # not one sum again, see `totals.by_scope`
+    return jnp.expand_dims(whole, along)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

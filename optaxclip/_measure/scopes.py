@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip._measure import forms, names as _names
+from optaxclip._measure import forms, layouts, names as _names
 from optaxclip._measure.units import EVERYTHING, Packed, Scope
 from optaxclip._mesh import collectives, splits as _splits
 from optaxclip._trees import infinity
@@ -56,7 +56,8 @@ def measure(
     if splits is None:
         splits = _splits.splits(leaves)
     measured = _measured_once if is_ours(formula) else _measured
-    return measured(formula, splits, updates, jnp.dtype(leaves.dtype))
+    on_gpu = layouts.on_gpu(leaves)
+    return measured(formula, splits, updates, jnp.dtype(leaves.dtype), on_gpu)
 
 
 def is_ours(function: Any) -> bool:
@@ -111,20 +112,24 @@ def single(size: jax.Array, dtype: Any) -> Measured:
 
 
 def _measured(
-    formula: Formula, splits: _splits.Splits, updates: Any, dtype: Any
+    formula: Formula,
+    splits: _splits.Splits,
+    updates: Any,
+    dtype: Any,
+    on_gpu: layouts.Layout,
 ) -> Measured:
     plain = formula(updates, splits)
     if not plain.scopes:
         return unscaled(plain.norms(updates), (), dtype)
     if is_ours(formula):
-        exact = forms.ours_on_any_platform(formula, splits, updates, dtype)
+        exact = forms.ours_on_any_platform(formula, splits, updates, dtype, on_gpu)
     else:
         exact = forms.on_any_platform(plain, updates, dtype)
     norms, powers = exact
     return Measured(norms, powers, plain.scopes, plain.axes)
 
 
-_measured_once = jax.jit(_measured, static_argnums=(0, 1, 3), inline=True)
+_measured_once = jax.jit(_measured, static_argnums=(0, 1, 3, 4), inline=True)
 
 
 @jax.jit

@@ -67,7 +67,7 @@ def unit_norms(
                 leaves[i] = reduce.scaled(leaves[i], each[i], square=ord == 2)
             of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
         parts = [units[i]._replace(array=leaves[i]) for i in rest]
-        arrays = reduce.norms_along(parts, of_rest, ord)
+        arrays = reduce.norms_along(parts, of_rest, ord, layout)
         if len(arrays) == len(places):
             return _units.Units(arrays, places)
         pieces = layouts.pieces(

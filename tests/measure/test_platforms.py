@@ -116,6 +116,88 @@ def test_small_leaves_reduced_together_are_exact(norm, truth, magnitude, one_dev
     check(norm, truth, magnitude)
 
 
+def hard_units(dtype):
+    """Returns leaves of one shape and others, few columns of many rows among them."""
+    draw = np.random.default_rng(0)
+    shapes = [(6, 4)] * 5 + [(5, 4), (7,), (1024, 3), (2, 3, 150, 2), (3, 600)]
+    leaves = [jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes]
+    sizes = jnp.asarray([1e-30, 1e-19, 1.0, 1e19, 1e30], dtype)
+    return leaves[:5] + [x * size for x, size in zip(leaves[5:], sizes, strict=True)]
+
+
+def over_units(leaf, ord):
+    """Returns the norms of units in NumPy, over all axes but the last."""
+    wide = abs(np.asarray(leaf, np.float64))
+    axes = tuple(range(max(1, wide.ndim - 1)))
+    if ord == np.inf:
+        return wide.max(axes)
+    return (wide**ord).sum(axes) ** (1 / ord)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf])
+def test_units_of_equal_leaves_and_of_tall_ones_are_exact(
+    ord, dtype, accelerator, one_device
+):
+    leaves = hard_units(dtype)
+    found = jax.jit(lambda x: oc.norms.unit_norms(x, ord=ord))(leaves)
+    for norm, leaf in zip(found, leaves, strict=True):
+        right = over_units(leaf, ord).reshape(norm.shape)
+        np.testing.assert_allclose(norm, right, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_unit_clipped_hardest_is_found_in_one_look(dtype, accelerator, one_device):
+    leaves = hard_units(dtype)
+    clip = oc.clip_by(oc.norms.unit_norms, 1.0)
+    _, state = jax.jit(clip.update)(leaves, clip.init(leaves))
+    norms = [over_units(leaf, 2) for leaf in leaves]
+    # Where no unit is clipped, all are clipped as little: the first of them.
+    hardest = [n.max() if n.max() > 1 else n.flat[0] for n in norms]
+    np.testing.assert_allclose(state.norms, hardest, rtol=1e-5)
+    np.testing.assert_allclose(state.factors, np.minimum(1, 1 / state.norms), rtol=1e-5)
+
+
+def test_in_one_look_a_nan_is_the_hardest_and_infinities_are_found(
+    accelerator, one_device
+):
+    def endless(norms, max_norms):
+        return jnp.where(norms > 2, jnp.inf, norms / max_norms)
+
+    leaf = jnp.array([[3.0, 1.0, jnp.nan], [4.0, 5.0, 6.0]])
+    clip = oc.clip_by(oc.norms.unit_norms, 1.0, endless)
+    _, state = jax.jit(clip.update)([leaf, leaf], clip.init([leaf, leaf]))
+    assert np.isnan(state.norms).all()
+    assert np.isnan(state.factors).all()
+    finite = jnp.array([[4.0, 5.0, 6.0], [0.0, 0.0, 0.0]])
+    _, state = jax.jit(clip.update)([finite], clip.init([finite]))
+    assert state.norms == 4.0
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_in_one_look_is_the_same_under_transformations(
+    transform, accelerator, one_device
+):
+    clip = oc.adaptive_grad_clip(0.1)
+    leaves = [jnp.arange(12.0).reshape(4, 3), jnp.ones((4, 3)), jnp.ones((2, 3))]
+    state = clip.init(leaves)
+
+    def numbers(x):
+        updates, new = clip.update([x, *leaves[1:]], state, leaves)
+        return jnp.sum(updates[0]) + jnp.sum(new.norms) + jnp.sum(new.factors)
+
+    x = 0.3 * leaves[0] + 1
+    if transform == "vmap":
+        found = jax.vmap(numbers)(jnp.stack([x, 2 * x]))
+        right = jnp.stack([numbers(x), numbers(2 * x)])
+    else:
+        found = jax.jit(jax.grad(numbers))(x)
+        steps = 1e-2 * jnp.eye(12).reshape(12, 4, 3)
+        right = [(numbers(x + s) - numbers(x - s)) / 2e-2 for s in steps]
+        right = jnp.stack(right).reshape(4, 3)
+    np.testing.assert_allclose(found, right, rtol=1e-2, atol=1e-2)
+
+
 def sums_by_platform(norm, updates):
     """Returns how many sums there are on a CPU, a GPU and a TPU."""
     program = jax.make_jaxpr(norm)(updates).jaxpr
@@ -143,6 +225,23 @@ def test_large_leaves_share_the_last_kernel_on_a_gpu(one_device):
 def test_no_kernel_of_a_gpu_joins_more_leaves_than_it_can_hold(one_device):
     found = sums_by_platform(oc.norms.leaf_norms, [jnp.ones(10)] * 130)
     assert found == [2, 3, 3 * 130]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kernels"),
+    [
+        ((6, 4), "float32", 3),  # of at most 64 leaves
+        ((512, 256), "float32", 130),
+        ((512, 25), "bfloat16", 3 * 2),
+        ((512, 256), "bfloat16", 130 * 2),
+        ((32, 4096), "bfloat16", 130),
+    ],
+)
+def test_units_of_small_equal_leaves_share_a_kernel_on_a_gpu(
+    shape, dtype, kernels, one_device
+):
+    found = sums_by_platform(oc.norms.unit_norms, [jnp.ones(shape, dtype)] * 130)
+    assert found == [2 * 130, kernels, 3 * 130]
 
 
 def test_leaves_that_may_be_spread_keep_a_kernel_each():

@@ -1,5 +1,6 @@
 """What every test needs: eight virtual devices, strict shapes, and one precision."""
 
+import gc
 import importlib
 import itertools
 import os
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(items):
         )
 
     items.sort(key=order)
+
+
+def pytest_collection_finish():
+    """Garbage is looked for less often, and not among what the imports made."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 TESTS_RUN = itertools.count(1)

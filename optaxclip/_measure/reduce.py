@@ -203,7 +203,8 @@ def _totals_along(
         _along(array, scale, ord, combine, one.dimensions, layout)
         for _, one, array in batches
     ]
-    axes, kept = zip(*((one.axes, one.kept) for _, one, _ in batches), strict=True)
+    axes = [one.axes for _, one, _ in batches]
+    kept = [one.kept for _, one, _ in batches]
     every = side_by_side.each_over(parts, axes, kept, totals.collective(combine))
     found: dict[int, list[jax.Array]] = {}
     for (group, *_), part in zip(batches, every, strict=True):

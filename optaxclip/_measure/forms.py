@@ -144,7 +144,7 @@ def _ours(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Exa
         updates,
         cpu=functools.partial(rescued, plain, dtype),
         cuda=on_gpu,
-        default=functools.partial(at_three_scales, plain, dtype, layouts.AS_THEY_ARE),
+        default=functools.partial(at_three_scales, plain, dtype, layouts.ON_TPU),
     )
 
 
@@ -167,7 +167,11 @@ def at_three_scales(
         _norms(plain, dtype, layout, updates, scale) for scale in (1.0, *_ends(dtype))
     )
     powers = jax.tree.map(_power, norms)
-    return jax.tree.map(_pick, powers, norms, down, up), powers
+    found = jax.tree.map(_pick, powers, norms, down, up), powers
+    if isinstance(plain.specs, _units.Units):
+        norms, powers = (_units.rejoined(x, plain.specs.places) for x in found)
+        return norms, powers
+    return found
 
 
 def in_doubles(plain: Plain, layout: layouts.Layout, updates: Any) -> Exact:

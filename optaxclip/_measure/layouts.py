@@ -22,7 +22,8 @@ class Layout(NamedTuple):
       operands: at most so many of them in one kernel.
       width: other leaves are reduced by rows of at most so many elements first; 0 for
         at once.
-      equal: at most so many small leaves of one shape in one kernel for their units.
+      equal: at most so many small leaves of one shape in one kernel for their units; 0
+        for norms that are an array for each leaf.
       height: units are reduced by at most so many rows first; 0 for at once.
     """
 
@@ -33,7 +34,10 @@ class Layout(NamedTuple):
     height: int = 0
 
 
-AS_THEY_ARE = Layout()  # a TPU reduces small leaves together by itself
+AS_THEY_ARE = Layout()
+# It reduces small leaves together by itself, and takes a kernel to put the norms of a
+# leaf's units into one array with others.
+ON_TPU = Layout(equal=0)
 ON_CPU = Layout(small=8192, operands=256)
 # Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
 # sum of a whole large leaf takes two kernels, its rows all together share the second.

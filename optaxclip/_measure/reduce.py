@@ -91,13 +91,13 @@ def norms(
     return unit * root(total(shrunk, 1.0, ord, jnp.sum), ord)
 
 
-def alike(leaves: Sequence[Reduction]) -> list[list[int]]:
+def alike(leaves: Sequence[Reduction], layout: layouts.Layout) -> list[list[int]]:
     """Returns which have their norms in one array: of one shape, and surely local."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         x = leaf.array
         key = x.shape, x.dtype, collectives.varying_axes(x), *leaf[1:]
-        kind = key if collectives.is_local(x) else i
+        kind = key if layout.equal and collectives.is_local(x) else i
         found.setdefault(kind, []).append(i)
     return list(found.values())
 
@@ -120,7 +120,7 @@ def norms_along(
     units = [_unit(x) for x in largest]
     rows = {
         i: x[row]
-        for x, some in zip(units, alike(leaves), strict=True)
+        for x, some in zip(units, alike(leaves, layout), strict=True)
         for row, i in enumerate(some)
     }
     leaves = [x._replace(array=scaled(x.array, scale)) for x in leaves]
@@ -196,7 +196,7 @@ def _totals_along(
     """Combines the powers of the elements by unit, over devices too."""
     batches = [
         (group, leaves[few[0]], jnp.stack([leaves[i].array for i in few]))
-        for group, some in enumerate(alike(leaves))
+        for group, some in enumerate(alike(leaves, layout))
         for few in layouts.of_one_shape(some, leaves[some[0]].array, layout)
     ]
     parts = [

@@ -40,13 +40,19 @@ def unit_norms(
     is_whole = [len(unit.dimensions) == unit.array.ndim for unit in units]
     whole = tuple(i for i, alone in enumerate(is_whole) if alone)
     rest = [i for i, alone in enumerate(is_whole) if not alone]
-    places = tuple(
-        tuple(rest[i] for i in some) for some in reduce.alike([units[i] for i in rest])
-    )
+
     checked(ord)
-    specs = [_spec(units[i]) for i, *_ in places]
-    if whole or not places:  # one number for each of these, in one array
-        places, specs = (*places, whole), [*specs, PartitionSpec()]
+
+    def places(layout: layouts.Layout) -> tuple[_units.Scope, ...]:
+        alike = reduce.alike([units[i] for i in rest], layout)
+        found = tuple(tuple(rest[i] for i in some) for some in alike)
+        # Of those that are whole leaves one number each, in one array.
+        return (*found, whole) if whole or not found else found
+
+    joined = places(layouts.AS_THEY_ARE)
+    specs: list[Any] = [
+        PartitionSpec() if some == whole else _spec(units[some[0]]) for some in joined
+    ]
 
     def norms(
         updates: Any, scale: float | _units.Units, layout: layouts.Layout
@@ -68,8 +74,8 @@ def unit_norms(
             of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
         parts = [units[i]._replace(array=leaves[i]) for i in rest]
         arrays = reduce.norms_along(parts, of_rest, ord, layout)
-        if len(arrays) == len(places):
-            return _units.Units(arrays, places)
+        if len(arrays) == len(places(layout)):
+            return _units.Units(arrays, places(layout))
         pieces = layouts.pieces(
             [leaves[i] for i in whole],
             [(place,) for place in range(len(whole))],
@@ -78,7 +84,7 @@ def unit_norms(
             layout,
         )
         last = reduce.norms(pieces, of_whole, len(whole), ord, layout.operands)
-        return _units.Units([*arrays, last], places)
+        return _units.Units([*arrays, last], places(layout))
 
     def every_name() -> _names.Names:
         return [
@@ -93,7 +99,7 @@ def unit_norms(
         tuple((i,) for i in range(len(leaves))),
         frozenset[str]().union(*differ),
         every_name,
-        specs=_units.Units(specs, places),
+        specs=_units.Units(specs, joined),
     )
 
 

@@ -244,6 +244,20 @@ def test_units_of_small_equal_leaves_share_a_kernel_on_a_gpu(
     assert found == [2 * 130, kernels, 3 * 130]
 
 
+def test_norms_of_units_are_chosen_before_they_are_joined_on_a_tpu(one_device):
+    # Each row that is put into an array is a kernel of its own there.
+    program = jax.make_jaxpr(oc.norms.unit_norms)([jnp.ones((6, 4))] * 50).jaxpr
+    choices = [x for x in helpers.steps(program) if x.params.get("branches_platforms")]
+    *_, on_tpu = choices[0].params["branches"]
+    rows = [
+        len(step.invars)
+        for step in helpers.steps(on_tpu.jaxpr)
+        if step.primitive.name == "concatenate"
+    ]
+    assert max(rows) == 50
+    assert rows.count(50) == 2  # norms and powers, not the sums at three scales
+
+
 def test_leaves_that_may_be_spread_keep_a_kernel_each():
     found = sums_by_platform(oc.global_norm, [jnp.ones(10)] * 50)
     assert found == [2 * 51, 51, 3 * 51]

@@ -246,8 +246,9 @@ def _combined(
     size = _modulus(x)
     is_plain = ord == 1 or combine is jnp.max
     found = combine(size if is_plain else size**ord, axes, keepdims=keepdims)
-    if ord == jnp.inf and not collectives.is_local(x):
-        # Of pieces on several devices the largest may not be the NaN that there is.
+    if ord == jnp.inf:
+        # The largest may not be the NaN that there is: of pieces on several devices,
+        # or on a CPU, where XLA leaves 4096 elements or more to a library.
         missing = jnp.any(jnp.isnan(size), axes, keepdims=keepdims)
         found = jnp.where(missing, jnp.nan, found)
     return found

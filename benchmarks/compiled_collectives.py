@@ -8,13 +8,14 @@ not run: the compilers for TPU and GPU work on a CPU, and their figures have no 
 Each comes in packages of its own: run this once per environment, the rows add up.
 
 The step is a clip, SGD with momentum and `optax.apply_updates`; params, gradients and
-momentum are split alike and come from outside, so every collective is the clip's. Two
-forms: under `jit`, where the compiler inserts the collectives, and inside `shard_map`,
-where the clip does. Optax has no rows in the second, for its answers are wrong there:
-each device takes the norm of its own pieces.
+momentum are split alike and come from outside, so every collective is the clip's. Four
+forms: under `jit`, where the compiler inserts the collectives; the same on explicit
+mesh axes, and with the specs given to `over_axes`, where the clip does that for norms;
+and inside `shard_map`, where it does so always. Optax has rows in the first alone: in
+the last its answers are wrong, each device takes the norm of its own pieces.
 
 A clip may add all-reduces only: under `jit` one for each set of mesh axes that norms
-are summed over, inside `shard_map` one in all, however many leaves there are. (Two
+are summed over, in the other forms one in all, however many leaves there are. (Two
 orders of the same axes are two sets to the compiler for TPU, Optax's clips included. A
 rescue on CPU has two more in branches that are hardly ever taken.) A clip of units adds
 some rounds: it measures the params as well, and its state keeps the unit of each leaf
@@ -51,7 +52,7 @@ Row = dict[str, Any]
 SETTINGS = ("target", "leaves", "form", "clip", "contender")
 FORM = "{:10}{:12}{:10}{:>10}{:>7}{:>9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>7}{:>10}"
 COSTS = ("est. us", "kcycles", "kernels", "traffic", "temp")
-JIT, SHARD_MAP = "jit", "shard_map"
+JIT, EXPLICIT, OVER_AXES, SHARD_MAP = "jit", "explicit", "over_axes", "shard_map"
 LAYERS = 12
 RESCUES = 2  # on CPU: of norms too large, of norms too small
 FIND_HARDEST = 3  # rounds: the smallest factor, the first unit with it, its figures
@@ -101,10 +102,12 @@ def allowed(form: str, clip: str, params: Tree) -> int:
     specs = [tuple(spec) for spec in jax.tree.leaves(partition(params))]
     if clip == NO_CLIP:
         return 0
+    sets = len(set(specs) - {()})
+    if clip == "value":  # a sum and a maximum
+        return 2 if form == SHARD_MAP else 2 * sets
     if clip != "adaptive":
-        once = 1 if form == SHARD_MAP else len(set(specs) - {()})
-        return 2 * once if clip == "value" else once  # a sum and a maximum
-    if form == SHARD_MAP:  # norms; which unit was clipped hardest; on CPU, any rescue
+        return sets if form == JIT else 1
+    if form != JIT:  # norms; which unit was clipped hardest; on CPU, any rescue
         return 3
     # A unit is a column, a sum over its rows; all of a vector.
     rows = len({spec[:1] for spec in specs} - {()})
@@ -119,7 +122,8 @@ def lower(
     params: Tree,
 ) -> jax.stages.Lowered:
     """Traces the step and lowers it for the target."""
-    names, kinds = ("fsdp", "tensor"), (AxisType.Auto,) * 2
+    kind = AxisType.Explicit if form == EXPLICIT else AxisType.Auto
+    names, kinds = ("fsdp", "tensor"), (kind,) * 2
     mesh = jax.make_mesh(target.mesh, names, kinds, devices=target.devices())
     optimizer = _steps.with_momentum(clip)
     state = jax.eval_shape(optimizer.init, params)
@@ -138,7 +142,8 @@ def lower(
         lambda x, sharding: x.update(sharding=sharding), (params, state), shardings
     )
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
-    return jitted.lower(*carry, carry[0])
+    with jax.set_mesh(mesh):
+        return jitted.lower(*carry, carry[0])
 
 
 def breaks(row: Row) -> list[str]:
@@ -161,13 +166,16 @@ def breaks(row: Row) -> list[str]:
 
 def cases(params: Tree) -> Iterator[tuple[str, str, str, Any]]:
     """Yields form, clip, contender and transformation."""
-    for form in (JIT, SHARD_MAP):
+    for form in (JIT, EXPLICIT, OVER_AXES, SHARD_MAP):
         yield form, NO_CLIP, NO_CLIP, optax.identity()
         for name, clip in _steps.CLIPS.items():
             if form == JIT and clip.optax is not None:
                 yield form, name, OPTAX, clip.optax
             ours = clip.ours
-            if form == SHARD_MAP and name == "adaptive":  # types don't tell its units
+            is_blind = (
+                form == SHARD_MAP and name == "adaptive"
+            )  # no type tells its units
+            if is_blind or form == OVER_AXES:
                 ours = optaxclip.over_axes(ours, partition(params))
             yield form, name, OURS, ours
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from optaxclip._engine import limits as _limits
 from optaxclip._measure import (
@@ -96,7 +96,7 @@ def after(
     zero = jnp.zeros_like(state.norms)
     columns = [measured.sizes(), max_norms, factors]
     if isinstance(factors, _units.Units):
-        columns = _hardest(columns, _stacks.of_leaves(leaves))
+        columns = _hardest(columns, leaves)
     columns = [_fitting(x, zero) for x in columns]
     if measured.axes:
         columns = side_by_side.at_smallest(columns, measured.axes)
@@ -117,17 +117,21 @@ def after(
 
 
 def _hardest(
-    columns: Sequence[_units.Units], stacks: _stacks.Stacks
+    columns: Sequence[_units.Units], leaves: _leaves.Leaves
 ) -> Sequence[jax.Array]:
     """Returns of each leaf the numbers of the unit that was clipped hardest.
 
-    Where types say how units are spread, every device looks through its own.
+    Where it is known how units are spread, every device looks through its own.
     """
     *_, keys = columns
-    spread = None if any(stacks) else _spread.by_type(keys.arrays)
+    stacks = _stacks.of_leaves(leaves)
+    spread = None if any(stacks) else _spread.of(leaves.tree(leaves.measured()))
     if spread is None:
         return _of_hardest(columns, stacks)
-    axes = frozenset[str]().union(*(split.axes for split in spread.splits()))
+    pairs = zip(keys.places, keys.arrays, strict=True)
+    own = [spread.of_units(some, x.shape[1:]) for some, x in pairs]
+    splits = spread._replace(specs=own).splits()
+    axes = frozenset[str]().union(*(split.axes for split in splits))
 
     def on_pieces(every: Sequence[list[jax.Array]]) -> Sequence[jax.Array]:
         alike: dict[Any, list[int]] = {}
@@ -139,9 +143,8 @@ def _hardest(
         rows = _of_hardest([_units.rejoined(x, places) for x in units], stacks)
         return side_by_side.at_smallest(rows, axes) if axes else rows
 
-    specs = [spread.specs] * len(columns)
-    shardings = jax.tree.map(lambda spec: NamedSharding(spread.mesh, spec), specs)
-    every = jax.sharding.reshard([x.arrays for x in columns], shardings)
+    specs = [own] * len(columns)
+    every = spread.placed([x.arrays for x in columns], specs)
     mapped = jax.shard_map(
         on_pieces, mesh=spread.mesh, in_specs=(specs,), out_specs=PartitionSpec()
     )

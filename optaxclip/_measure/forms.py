@@ -43,7 +43,7 @@ class Plain(NamedTuple):
       scopes: which those are.
       axes: the mesh axes over which the norms differ, as those of units may.
       names: function to those of the scopes, where they aren't those of the leaves.
-      specs: how the norms are spread over devices where types say how the leaves are;
+      specs: how the norms are spread over devices where it is known how the leaves are;
         those of units may be.
     """
 
@@ -91,10 +91,10 @@ def ours_on_any_platform(
 ) -> Exact:
     """The same of a formula of this library's, which has a form more.
 
-    Its derivative is that of the norm at the powers that were chosen. Where types say
+    Its derivative is that of the norm at the powers that were chosen. Where it is known
     how leaves are spread, every device measures its own pieces of them.
     """
-    plain = formula(updates, splits)
+    plain, spread = formula(updates, splits), _spread.of(updates)
 
     def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
         found = _ours(formula(updates, splits), dtype, layout, updates)
@@ -106,14 +106,12 @@ def ours_on_any_platform(
 
     @jax.custom_jvp
     def exact(updates: Any) -> Exact:
-        leaves, treedef = jax.tree.flatten(updates)
-        spread = _spread.by_type(leaves)
         if spread is None:
             return _ours(plain, dtype, layout, updates)
         return jax.shard_map(
             functools.partial(on_pieces, splits=spread.splits()),
             mesh=spread.mesh,
-            in_specs=(treedef.unflatten(spread.specs),),
+            in_specs=(jax.tree.unflatten(jax.tree.structure(updates), spread.specs),),
             out_specs=(plain.specs, plain.specs),
         )(updates)
 

@@ -16,7 +16,7 @@ from optaxclip._measure import (
     units as _units,
 )
 from optaxclip._measure.formulas import checked
-from optaxclip._mesh import splits as _splits
+from optaxclip._mesh import splits as _splits, spread as _spread
 from optaxclip._trees import leaves as _leaves, paths as _paths
 
 Axis = int | tuple[int, ...]
@@ -40,7 +40,6 @@ def unit_norms(
     is_whole = [len(unit.dimensions) == unit.array.ndim for unit in units]
     whole = tuple(i for i, alone in enumerate(is_whole) if alone)
     rest = [i for i, alone in enumerate(is_whole) if not alone]
-
     checked(ord)
 
     def places(layout: layouts.Layout) -> tuple[_units.Scope, ...]:
@@ -50,8 +49,10 @@ def unit_norms(
         return (*found, whole) if whole or not found else found
 
     joined = places(layouts.AS_THEY_ARE)
+    spread = _spread.of(updates)
     specs: list[Any] = [
-        PartitionSpec() if some == whole else _spec(units[some[0]]) for some in joined
+        PartitionSpec() if some == whole else _spec(some, units[some[0]], spread)
+        for some in joined
     ]
 
     def norms(
@@ -103,11 +104,12 @@ def unit_norms(
     )
 
 
-def _spec(unit: reduce.Reduction) -> Any:
-    """Returns how the norms of a leaf are spread, where types say how leaves are."""
-    own = jax.typeof(unit.array).sharding.spec
-    kept = [None if d in unit.dimensions else axes for d, axes in enumerate(own)]
-    return PartitionSpec(None, *kept)
+def _spec(
+    places: _units.Scope, unit: reduce.Reduction, spread: _spread.Spread | None
+) -> Any:
+    """Returns how the norms of some leaves are spread, if it is known of the leaves."""
+    shape = [1 if d in unit.dimensions else n for d, n in enumerate(unit.array.shape)]
+    return spread.of_units(places, shape) if spread else PartitionSpec()
 
 
 def _unit(

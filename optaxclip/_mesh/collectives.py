@@ -68,7 +68,7 @@ def is_local(x: jax.Array) -> bool:
         return True
     sharding: Any = getattr(jax.typeof(x), "sharding", None)
     spread = sharding is not None and sharding.mesh.size > 1
-    return jax.device_count() == 1 and not spread
+    return jax.device_count() == 1 and not spread and mesh.size < 2
 
 
 def replicated(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """How is each leaf split over devices? By its type, or by what the user says.
 
 Only inside ``shard_map`` and ``pmap`` does it matter: there a leaf is one device's
-piece. Under ``jit`` with sharded arrays every leaf is whole, and so it is in a ``pmap``
-without an ``axis_name``.
+piece. Under ``jit`` with sharded arrays every leaf is whole (see `spread`), and so it
+is in a ``pmap`` without an ``axis_name``.
 """
 
 import math
@@ -73,10 +73,15 @@ def over_axes(fun: Any, specs: Any) -> Any:
           optax.sgd(0.1, momentum=0.9),
       )
 
+    Under ``jit`` a clip needs nothing, and is faster if told: in a mesh of automatic
+    axes that ``jax.set_mesh`` has set, all norms are then summed over devices at once.
+
     Guarantees:
       * A clip means the same as on one device: norms are of whole leaves, and a leaf
         that every device holds whole counts once.
-      * Outside of ``shard_map`` and ``pmap`` it changes nothing.
+      * Outside of ``shard_map`` and ``pmap`` the specs alter no result; arrays that are
+        spread in another way are moved to be measured. They alter nothing at all where
+        no mesh is set or a leaf can't be shared evenly.
 
     Args:
       fun: clip, any other transformation that has clips in it, or a function of updates
@@ -126,13 +131,26 @@ def splits(leaves: Leaves) -> Splits:
     if not leaves.counted or not collectives.manual_axes():
         return (WHOLE,) * len(leaves.counted)
     counted = [leaves.leaves[i] for i in leaves.counted]
-    specs = _specs.value
-    if specs is not None:
-        return tuple(
-            _by_spec(leaf, _spec_of(path, specs), path)
-            for leaf, path in zip(counted, leaves.paths(), strict=True)
-        )
-    return by_type(leaves)
+    specs = said(counted, leaves.paths())
+    if specs is None:
+        return by_type(leaves)
+    every = zip(counted, specs, leaves.paths(), strict=True)
+    return tuple(_by_spec(*one) for one in every)
+
+
+def said(leaves: Sequence[Any], paths: Sequence[str]) -> list[PartitionSpec] | None:
+    """Returns what the user says of each leaf, None if nothing; raises if unfit."""
+    if _specs.value is None:
+        return None
+    found = [_spec_of(path, _specs.value) for path in paths]
+    for leaf, spec, path in zip(leaves, found, paths, strict=True):
+        _check_fits(leaf, spec, path)
+    return found
+
+
+def dimensions_of(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """Returns the mesh axes that split each dimension."""
+    return tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in spec)
 
 
 def by_type(leaves: Leaves) -> Splits:
@@ -189,18 +207,22 @@ def _spec_of(path: str, specs: Specs) -> PartitionSpec:
     return max(found, key=lambda some: some[0])[1]
 
 
-def _by_spec(leaf: Any, spec: PartitionSpec, path: str) -> Split:
+def _check_fits(leaf: Any, spec: PartitionSpec, path: str) -> None:
     mesh = jax.sharding.get_abstract_mesh()
-    known = [() if e is PartitionSpec.UNCONSTRAINED else e for e in spec]
-    named = [(e,) if isinstance(e, str) else tuple(e or ()) for e in known]
-    unknown = frozenset[str]().union(*named) - set(mesh.axis_names)
-    if unknown or known != list(spec) or len(spec) > np.ndim(leaf):
+    known = [e for e in spec if e is not PartitionSpec.UNCONSTRAINED]
+    named = frozenset[str]().union(*dimensions_of(PartitionSpec(*known)))
+    unknown = named - set(mesh.axis_names)
+    if unknown or len(known) < len(spec) or len(spec) > np.ndim(leaf):
         raise ValueError(
             f"Expected a spec for the shape {np.shape(leaf)} of {path!r} on the mesh"
             f" axes {list(mesh.axis_names)}, got {spec}."
         )
+
+
+def _by_spec(leaf: Any, spec: PartitionSpec, path: str) -> Split:
+    manual = jax.sharding.get_abstract_mesh().manual_axes
     dimensions = tuple(
-        tuple(axis for axis in axes if axis in mesh.manual_axes) for axes in named
+        tuple(axis for axis in axes if axis in manual) for axes in dimensions_of(spec)
     )
     split = Split(frozenset[str]().union(*dimensions), dimensions)
     varying = collectives.varying_axes(leaf)

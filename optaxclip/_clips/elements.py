@@ -16,6 +16,8 @@ Bounds = tuple[jax.Array, ...]  # low and high, or the one limit of a range
 Sides = tuple["Side", ...]  # the lower and the upper one, or one of both
 Numbers = tuple[jax.Array, jax.Array]  # of every scope: the largest modulus, the count
 
+_PIECES, _SHORT = 8, 1024  # of a row, and no shorter
+
 
 class Side(NamedTuple):
     """One end of a range, and what is computed with: a number of its own each.
@@ -75,8 +77,9 @@ def _numbers(
 ) -> Numbers:
     """Measures leaves of real numbers.
 
-    In one look on a CPU, where no leaf can be spread over devices: what a reduction to
-    two numbers has of each device would be gathered, leaf by leaf. It counts in int32.
+    In one look on a CPU and a GPU, where no leaf can be spread over devices: what a
+    reduction to two numbers has of each device would be gathered, leaf by leaf. It
+    counts in int32.
 
     Args:
       tree: of the leaves.
@@ -87,11 +90,12 @@ def _numbers(
     together = functools.partial(_together, splits=splits, places=places)
     apart = functools.partial(_apart, splits=splits, places=places)
     fits = (collectives.is_local(x) and x.size < 2**31 for x in jax.tree.leaves(tree))
+    once = together if all(fits) else apart
     return jax.lax.platform_dependent(
         tree,
         bounds,
-        cpu=together if all(fits) else apart,
-        cuda=functools.partial(apart, layout=layouts.ON_GPU),
+        cpu=once,
+        cuda=functools.partial(once, layout=layouts.ON_GPU),
         default=apart,
     )
 
@@ -103,7 +107,7 @@ def _together(
     places: list[int],
     layout: layouts.Layout = layouts.ON_CPU,
 ) -> Numbers:
-    """Measures in one look, which a CPU takes at the speed of its memory."""
+    """Measures in one look, at the speed of the memory."""
     stacks = _stacks.of(tree, splits)
     scopes = _scopes(stacks)
     rows = list(zip(jax.tree.leaves(tree), scopes, splits, stacks, strict=True))
@@ -112,7 +116,7 @@ def _together(
         some = [row for row, other in zip(rows, places, strict=True) if other == place]
         columns: Any = zip(*some, strict=True)
         for piece in layouts.pieces(*columns, layout=layout):
-            size, count = _reduced(piece.array, own, layouts.first(piece))
+            size, count = _by_pieces(piece.array, own, layouts.first(piece))
             largest.append(piece._replace(array=size))
             counts.append(piece._replace(array=count))
     gathered = functools.partial(
@@ -124,11 +128,23 @@ def _together(
     return gathered(largest, combine=jnp.max), gathered(counts, combine=jnp.sum)
 
 
+def _by_pieces(x: jax.Array, sides: Sides, axes: tuple[int, ...]) -> Numbers:
+    """Reduces long rows by pieces: XLA for GPU would write some of it to memory."""
+    width = x.shape[-1] // _PIECES
+    if x.ndim != 2 or len(x) == 1 or width < _SHORT or x.shape[-1] % _PIECES:
+        return _reduced(x, sides, axes)
+    largest, count = _reduced(x.reshape(len(x), _PIECES, width), sides, (2,))
+    return jnp.max(largest, axis=1), jnp.sum(count, axis=1)
+
+
 @functools.partial(jax.jit, static_argnames="axes")
 def _reduced(x: jax.Array, sides: Sides, axes: tuple[int, ...]) -> Numbers:
-    outside = ~((-sides[0].bound <= x) & (x <= sides[-1].bound))
+    size = abs(x)
+    inside = size <= sides[0].bound
+    if len(sides) > 1:
+        inside = (-sides[0].bound <= x) & (x <= sides[-1].bound)
     largest, count = jax.lax.reduce(
-        (abs(x), outside.astype(jnp.int32)),
+        (size, (~inside).astype(jnp.int32)),
         (np.zeros((), x.dtype), np.int32(0)),
         lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1]),
         axes,

@@ -207,6 +207,22 @@ def test_a_nan_in_a_leaf_of_any_size_is_seen(ord, size, one_device):
     assert not jnp.isfinite(jax.jit(norm)(leaf))
 
 
+@pytest.mark.parametrize("limit", [0.5, (-1.0, 0.5)])
+def test_elements_are_counted_in_one_look(limit, accelerator, one_device):
+    draw = np.random.default_rng(0)
+    shapes = [(128, 128)] * 3 + [(7, 3)] * 2 + [(300, 400)]
+    leaves = [np.float32(draw.normal(size=shape)) for shape in shapes]
+    leaves[3][0] = np.nan
+    low, high = limit if isinstance(limit, tuple) else (-limit, limit)
+    clip = oc.clip_by_value(limit)
+    _, state = jax.jit(clip.update)(leaves, clip.init(leaves))
+    largest = [np.max(abs(x)) for x in leaves]
+    outside = [np.mean((x < low) | (x > high) | np.isnan(x)) for x in leaves]
+    outside[3] = np.nan
+    np.testing.assert_array_equal(state.largest, largest)
+    np.testing.assert_allclose(state.clipped_fractions, outside, rtol=1e-6)
+
+
 def sums_by_platform(norm, updates):
     """Returns how many sums there are on a CPU, a GPU and a TPU."""
     program = jax.make_jaxpr(norm)(updates).jaxpr

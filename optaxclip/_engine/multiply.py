@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from optaxclip._measure import scopes as _scopes, units as _units
 from optaxclip._trees import infinity, leaves as _leaves
@@ -36,9 +37,25 @@ def _parts(
     factor: Factor, norm: jax.Array, power: jax.Array, max_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     one = jnp.ones_like(norm)
-    plain = _rest(factor, norm, power, one, max_norm)
+    plain, _ = _rest(factor, norm, power, one, max_norm)
     root = _root(plain, norm, power, max_norm)
-    return 1 / root, _rest(factor, norm, power, root, max_norm)
+    rest, scaled = _rest(factor, norm, power, root, max_norm)
+    # NaN where the norm is not finite. A division comes last because the compiler
+    # repeats anything cheaper in the kernel of every leaf.
+    rest = rest / (1 + 0 * norm * scaled)
+    pair = 1 / root, rest
+    if not isinstance(norm, Tracer):
+        return pair
+    forms = {"cpu": _as_one_array}
+    if not norm.ndim:  # a GPU then scales several leaves in one kernel
+        forms["cuda"] = _as_one_array
+    return jax.lax.platform_dependent(*pair, default=lambda *pair: pair, **forms)
+
+
+def _as_one_array(*pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns both parts, which a CPU computes in one kernel if they are one array."""
+    scale, rest = jax.lax.optimization_barrier(jnp.stack(pair))
+    return scale, rest
 
 
 _parts_once = jax.jit(_parts, static_argnums=0)
@@ -70,7 +87,8 @@ def _rest(
     power: jax.Array,
     root: jax.Array,
     max_norm: jax.Array,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the factor of norms that are finite, and of which threshold it is."""
     info = jnp.finfo(norm.dtype)
     one = jnp.ones_like(norm)
     # Both go down where the power would take a large threshold out of the range.
@@ -85,9 +103,7 @@ def _rest(
             " thresholds."
         )
     rest = jnp.where((norm == 0) | infinity.is_infinite(max_norm), 1, rest)
-    # NaN where the norm is not finite. A division comes last because the compiler
-    # repeats anything cheaper in the kernel of every leaf.
-    return rest / (1 + 0 * norm * scaled)
+    return rest, scaled
 
 
 @jax.jit

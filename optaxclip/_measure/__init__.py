@@ -6,7 +6,9 @@ In reading order:
   layouts: how leaves are laid out for the kernels that reduce them.
   totals: from reduced pieces to one number for each scope, over devices too.
   reduce: from arrays to the sums of powers behind every norm.
+  along: the same along some dimensions of a leaf, by unit.
   names: what a scope is called, and how a state says so without a string.
+  powers: by which power of two updates are multiplied to be measured.
   forms: a norm that neither over- nor underflows, as each platform likes it.
   scopes: such norms, one for each scope.
   formulas: the plain formulas of the norms, which `forms` makes exact.

@@ -2,8 +2,8 @@
 
 All forms give the norm of the updates times a power of two, and that power:
 
-  rescued: one pass, and a rare second one over scaled updates. For a CPU, where more
-    sums cost more passes and branches are free.
+  rescued: one pass, and rare ones over scaled updates. For a CPU, where more sums cost
+    more passes and branches are free.
   at_three_scales: sums of the updates as they are, scaled down and scaled up, in one
     pass. For a TPU, and for what is not known: a branch would cost the compiler's
     fusions.
@@ -24,6 +24,8 @@ from jax.sharding import PartitionSpec
 from optaxclip._measure import (
     layouts,
     names as _names,
+    powers as _powers,
+    reduce,
     stacks as _stacks,
     units as _units,
 )
@@ -34,12 +36,15 @@ from optaxclip._mesh import collectives, splits as _splits, spread as _spread
 _DOUBLES = ("6.0", "7.0", "8.0", "9.0", "10.0")
 
 
+Scaled = Callable[[reduce.Scale], Packed]  # of a power of two
+
+
 class Plain(NamedTuple):
     """A formula of norms which over- and underflows.
 
     Attributes:
-      scaled: function from updates, a power of two (or one for each scope) and a layout
-        to the norms of the updates times that, of all scopes.
+      scaled: function from updates and a layout to a function from a power of two to
+        the norms of the updates times that, of all scopes.
       scopes: which those are.
       axes: the mesh axes over which the norms differ, as those of units may.
       names: function to those of the scopes, where they aren't those of the leaves.
@@ -47,7 +52,7 @@ class Plain(NamedTuple):
         those of units may be.
     """
 
-    scaled: Callable[[Any, Any, layouts.Layout], Packed]
+    scaled: Callable[[Any, layouts.Layout], Scaled]
     scopes: tuple[Scope, ...]
     axes: collectives.Axes = frozenset()
     names: Callable[[], _names.Names] = tuple
@@ -57,7 +62,7 @@ class Plain(NamedTuple):
         """Returns the norms, which is for updates that are neither large nor small."""
 
         def laid_out(layout: layouts.Layout) -> Callable[[Any], Packed]:
-            return lambda updates: self.scaled(updates, 1.0, layout)
+            return lambda updates: self.scaled(updates, layout)(1.0)
 
         return jax.lax.platform_dependent(
             updates,
@@ -124,9 +129,8 @@ def ours_on_any_platform(
             every = _units.of_each(fixed, plain.scopes, _stacks.of(updates, splits))
             leaves, treedef = jax.tree.flatten(updates)
             leaves = [x * power for x, power in zip(leaves, every, strict=True)]
-            return _norms(
-                plain, dtype, layouts.AS_THEY_ARE, treedef.unflatten(leaves), 1.0
-            )
+            scaled = treedef.unflatten(leaves)
+            return _scaled(plain, dtype, layouts.AS_THEY_ARE, scaled)(1.0)
 
         _, change = jax.jvp(at_these, primals, tangents)
         return (norms, powers), (change, jax.tree.map(jnp.zeros_like, powers))
@@ -147,25 +151,40 @@ def _ours(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Exa
 
 
 def rescued(plain: Plain, dtype: Any, updates: Any) -> Exact:
-    at = functools.partial(_norms, plain, dtype, layouts.ON_CPU, updates)
+    at = _scaled(plain, dtype, layouts.ON_CPU, updates)
     norms = at(1.0)
-    powers = jax.tree.map(_power, norms)
-    needed = _anywhere([power != 1 for power in jax.tree.leaves(powers)])
-    # All devices take one branch, for there are collectives in it.
-    needed = collectives.anywhere(needed, plain.axes)
-    if isinstance(needed, Tracer):
-        return jax.lax.cond(needed, lambda: at(powers), lambda: norms), powers
-    return (at(powers) if needed else norms), powers
+    powers = jax.tree.map(_powers.of, norms)
+    every = _powers.anywhere(jax.tree.leaves(powers))
+    for scale, needed in zip(_powers.ends(dtype), every, strict=True):
+        # All devices take one branch, for there are collectives in it.
+        needed = collectives.anywhere(needed, plain.axes)
+        # Not known to the compiler, which fills arrays with a number that it knows.
+        unknown = jax.lax.optimization_barrier(jnp.asarray(scale, dtype))
+        again = functools.partial(_again, at, unknown, powers, norms)
+        if isinstance(needed, Tracer):
+            norms = jax.lax.cond(needed, again, lambda plain=norms: plain)
+        elif needed:
+            norms = again()
+    return norms, powers
+
+
+def _again(at: Scaled, scale: Any, powers: Packed, norms: Packed) -> Packed:
+    """Returns the norms, measured again where that is the power they are to have."""
+
+    def chosen(power: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(power == scale, new, old)
+
+    return jax.tree.map(chosen, powers, at(scale), norms)
 
 
 def at_three_scales(
     plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any
 ) -> Exact:
-    norms, down, up = (
-        _norms(plain, dtype, layout, updates, scale) for scale in (1.0, *_ends(dtype))
+    norms, down, up = map(
+        _scaled(plain, dtype, layout, updates), (1.0, *_powers.ends(dtype))
     )
-    powers = jax.tree.map(_power, norms)
-    found = jax.tree.map(_pick, powers, norms, down, up), powers
+    powers = jax.tree.map(_powers.of, norms)
+    found = jax.tree.map(_powers.pick, powers, norms, down, up), powers
     if isinstance(plain.specs, _units.Units):
         norms, powers = (_units.rejoined(x, plain.specs.places) for x in found)
         return norms, powers
@@ -175,17 +194,15 @@ def at_three_scales(
 def in_doubles(plain: Plain, layout: layouts.Layout, updates: Any) -> Exact:
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(_double(x.dtype)), updates)
-        norms = plain.scaled(wide, 1.0, layout)
-        powers = jax.tree.map(_power_of_double, norms)
+        norms = plain.scaled(wide, layout)(1.0)
+        powers = jax.tree.map(_powers.of_double, norms)
         pairs = jax.tree.map(lambda x, p: (x * p).astype(jnp.float32), norms, powers)
         return pairs, jax.tree.map(lambda p: p.astype(jnp.float32), powers)
 
 
-def _norms(
-    plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any, scale: Any
-) -> Packed:
-    found = plain.scaled(updates, scale, layout)
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), found)
+def _scaled(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Scaled:
+    at = plain.scaled(updates, layout)
+    return lambda scale: jax.tree.map(lambda x: jnp.asarray(x, dtype), at(scale))
 
 
 def _double(dtype: Any) -> Any:
@@ -197,52 +214,3 @@ def _has_fast_doubles() -> bool:
     """Returns whether the GPU computes in float64 fast; without one, that others do."""
     kind: Any = jax.devices()[0]
     return getattr(kind, "compute_capability", _DOUBLES[0]) in _DOUBLES
-
-
-@jax.custom_batching.custom_vmap
-def _anywhere(conditions: list[jax.Array]) -> jax.Array:
-    """Returns whether a condition holds, one answer for the whole batch under `vmap`.
-
-    With an answer for each example a `cond` would run both of its branches.
-    """
-    return functools.reduce(jnp.logical_or, map(jnp.any, conditions))
-
-
-@_anywhere.def_vmap
-def _anywhere_in_batch(
-    size: int, batched: Any, conditions: list[jax.Array]
-) -> tuple[jax.Array, bool]:
-    del size, batched
-    return _anywhere(conditions), False
-
-
-def _ends(dtype: Any) -> tuple[float, float]:
-    """Powers of two under which no square of a normal number leaves the range."""
-    exponent = jnp.finfo(dtype).maxexp
-    return 2.0 ** -(3 * exponent // 4), 2.0 ** (5 * exponent // 8)
-
-
-@jax.jit
-def _power(plain: jax.Array) -> jax.Array:
-    """Returns what the updates of a scope have to be multiplied by to be measured."""
-    down, up = _ends(plain.dtype)
-    low = 2.0 ** (1 - jnp.finfo(plain.dtype).maxexp // 4)  # squares lose elements below
-    one = jnp.ones_like(plain)
-    power = jnp.where(jnp.isfinite(plain), one, down * one)
-    return jax.lax.stop_gradient(jnp.where(plain < low, up * one, power))
-
-
-@jax.jit
-def _power_of_double(norm: jax.Array) -> jax.Array:
-    """The same of a norm in float64, with which no float32 has come near an end."""
-    down, up = _ends(jnp.float32)
-    one = jnp.ones_like(norm)
-    power = jnp.where(norm > 2.0**60, down * one, one)
-    return jnp.where(norm < 2.0**-30, up * one, power)
-
-
-@jax.jit
-def _pick(
-    power: jax.Array, plain: jax.Array, down: jax.Array, up: jax.Array
-) -> jax.Array:
-    return jnp.where(power > 1, up, jnp.where(power < 1, down, plain))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optaxclip._measure import (
     forms,
@@ -30,13 +31,12 @@ def global_norm(updates: Any, splits: _splits.Splits, *, ord: float = 2) -> form
     del updates
     checked(ord)
 
-    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
+    def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
         leaves = jax.tree.leaves(updates)
         alone = [None] * len(leaves)  # layers or not, it is the same sum
         every = [(0,)] * len(leaves)
         pieces = layouts.pieces(leaves, every, splits, alone, layout)
-        scales = scale if isinstance(scale, float) else scale[None]
-        return reduce.norms(pieces, scales, 1, ord, layout.operands)[0]
+        return lambda scale: reduce.norms(pieces, scale, 1, ord, layout.operands)[0]
 
     return forms.Plain(scaled, (_units.EVERYTHING,))
 
@@ -50,9 +50,10 @@ def leaf_rms(updates: Any, splits: _splits.Splits) -> forms.Plain:
     _leaves.check_dense(updates, "a root mean square")
     plain, counts = leaf_norms(updates, splits), sizes(updates, splits)
 
-    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
-        norms = plain.scaled(updates, scale, layout)
-        return norms / jnp.sqrt(jnp.asarray(counts, norms.dtype))
+    def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
+        norms = plain.scaled(updates, layout)
+        roots = np.sqrt(np.array(counts, float))
+        return lambda scale: (found := norms(scale)) / roots.astype(found.dtype)
 
     return plain._replace(scaled=scaled)
 
@@ -111,10 +112,10 @@ def _norms_of(
     places = [tuple(numbers[key] for key in own) for own in rows]
     count = len(members)
 
-    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> jax.Array:
+    def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
         leaves = jax.tree.leaves(updates)
         pieces = layouts.pieces(leaves, places, splits, stacks, layout)
-        return reduce.norms(pieces, scale, count, ord, layout.operands)
+        return lambda scale: reduce.norms(pieces, scale, count, ord, layout.operands)
 
     def every_name() -> _names.Names:
         found = _names.of_scopes(list(members.values()), _paths.paths(updates))
@@ -142,8 +143,8 @@ def excluding(
             [jnp.zeros_like(leaf) if is_out else leaf for leaf, is_out in pairs]
         )
 
-    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> _units.Packed:
-        return plain.scaled(counted(updates), scale, layout)
+    def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
+        return plain.scaled(counted(updates), layout)
 
     plain = formula(counted(updates), splits)
     return plain._replace(scaled=scaled)

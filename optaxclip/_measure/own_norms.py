@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip._measure import layouts, names as _names, reduce, stacks as _stacks
-from optaxclip._measure.forms import Plain
+from optaxclip._measure.forms import Plain, Scaled
 from optaxclip._measure.scopes import Measured, Norm, unscaled
 from optaxclip._measure.units import (
     EVERYTHING,
     Packed,
     Scope,
     joined,
-    of_each,
 )
 from optaxclip._mesh import splits as _splits, summed
 from optaxclip._trees import paths as _paths
@@ -31,13 +30,16 @@ def formula_of(norm: Norm, updates: Any, splits: _splits.Splits) -> Plain:
     def packed(updates: Any) -> _Sorted:
         return _sorted(norm(updates), treedef, stacks)
 
-    def scaled(updates: Any, scale: Any, layout: layouts.Layout) -> Packed:
+    def scaled(updates: Any, layout: layouts.Layout) -> Scaled:
         del layout
-        if isinstance(scale, float) and scale == 1:
-            return found.norms
-        scales = of_each(scale, found.scopes, stacks)
-        leaves = map(reduce.scaled, jax.tree.leaves(updates), scales)
-        return packed(treedef.unflatten(leaves)).norms
+
+        def at(scale: reduce.Scale) -> Packed:
+            if isinstance(scale, float) and scale == 1:
+                return found.norms
+            leaves = (reduce.scaled(x, scale) for x in jax.tree.leaves(updates))
+            return packed(treedef.unflatten(leaves)).norms
+
+        return at
 
     def every_name() -> _names.Names:
         bases = _names.of_scopes(found.scopes, _paths.paths(updates))

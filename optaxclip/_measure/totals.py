@@ -59,13 +59,13 @@ def collective(combine: Combine) -> Combine:
 
 def _total(pieces: Sequence[Piece], count: int, combine: Combine) -> jax.Array:
     """Combines pieces of one element for each scope; a scope without any gets 0."""
-    flat = jnp.concatenate([piece.array for piece in pieces])
+    flat = jax.lax.concatenate([piece.array for piece in pieces], 0)
     scopes = [scope for piece in pieces for scope in piece.scopes]
     if scopes == list(range(count)):
         return flat
     if count == 1:
         return combine(flat, axis=0, keepdims=True)
     if sorted(scopes) == list(range(count)):
-        return flat[np.argsort(scopes)]
+        return flat.at[np.argsort(scopes)].get(mode="promise_in_bounds")
     own = jnp.arange(count)[:, None] == np.array([scopes])
     return combine(jnp.where(own, flat[None], 0), axis=1)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optaxclip._measure import (
+    along as _along,
     forms,
     layouts,
     names as _names,
@@ -43,7 +43,7 @@ def unit_norms(
     checked(ord)
 
     def places(layout: layouts.Layout) -> tuple[_units.Scope, ...]:
-        alike = reduce.alike([units[i] for i in rest], layout)
+        alike = _along.alike([units[i] for i in rest], layout)
         found = tuple(tuple(rest[i] for i in some) for some in alike)
         # Of those that are whole leaves one number each, in one array.
         return (*found, whole) if whole or not found else found
@@ -55,28 +55,9 @@ def unit_norms(
         for some in joined
     ]
 
-    def norms(
-        updates: Any, scale: float | _units.Units, layout: layouts.Layout
-    ) -> _units.Units:
-        leaves, of_rest, of_whole = jax.tree.leaves(updates), 1.0, 1.0
-        if not isinstance(scale, _units.Units):
-            of_rest = of_whole = scale
-        elif whole or rest:
-            pairs = zip(scale.places, scale.arrays, strict=True)
-            each = {
-                i: entry
-                for some, array in pairs
-                for i, (entry,) in zip(
-                    some, _units.by_unknown_places(array), strict=True
-                )
-            }
-            for i in rest:
-                leaves[i] = reduce.scaled(leaves[i], each[i], square=ord == 2)
-            of_whole = jnp.stack([each[i] for i in whole]) if whole else 1.0
+    def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
+        leaves = jax.tree.leaves(updates)
         parts = [units[i]._replace(array=leaves[i]) for i in rest]
-        arrays = reduce.norms_along(parts, of_rest, ord, layout)
-        if len(arrays) == len(places(layout)):
-            return _units.Units(arrays, places(layout))
         pieces = layouts.pieces(
             [leaves[i] for i in whole],
             [(place,) for place in range(len(whole))],
@@ -84,8 +65,15 @@ def unit_norms(
             [None] * len(whole),
             layout,
         )
-        last = reduce.norms(pieces, of_whole, len(whole), ord, layout.operands)
-        return _units.Units([*arrays, last], places(layout))
+
+        def at(scale: reduce.Scale) -> _units.Units:
+            arrays = _along.norms(parts, scale, ord, layout)
+            if len(arrays) < len(places(layout)):
+                count, operands = len(whole), layout.operands
+                arrays.append(reduce.norms(pieces, scale, count, ord, operands))
+            return _units.Units(arrays, places(layout))
+
+        return at
 
     def every_name() -> _names.Names:
         return [
@@ -96,7 +84,7 @@ def unit_norms(
 
     differ = [units[i].kept for i in rest]
     return forms.Plain(
-        norms,
+        scaled,
         tuple((i,) for i in range(len(leaves))),
         frozenset[str]().union(*differ),
         every_name,
@@ -105,7 +93,7 @@ def unit_norms(
 
 
 def _spec(
-    places: _units.Scope, unit: reduce.Reduction, spread: _spread.Spread | None
+    places: _units.Scope, unit: _along.Reduction, spread: _spread.Spread | None
 ) -> Any:
     """Returns how the norms of some leaves are spread, if it is known of the leaves."""
     shape = [1 if d in unit.dimensions else n for d, n in enumerate(unit.array.shape)]
@@ -118,7 +106,7 @@ def _unit(
     axis: Axis | None,
     path: str,
     stack: _stacks.Stack | None,
-) -> reduce.Reduction:
+) -> _along.Reduction:
     """Returns along which dimensions of a leaf, and mesh axes, a unit goes."""
     if split.dimensions is None:
         if leaf.ndim > 1:
@@ -135,7 +123,7 @@ def _unit(
     dimensions = tuple({own[d]: None for d in axes})
     along = -1 if stack is None else stack.axis
     over = split.along(dimensions)
-    return reduce.Reduction(leaf, dimensions, over, split.axes - over, along)
+    return _along.Reduction(leaf, dimensions, over, split.axes - over, along)
 
 
 def _unit_axes(shape: tuple[int, ...], axis: Axis | None, path: str) -> tuple[int, ...]:

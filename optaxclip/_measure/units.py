@@ -159,8 +159,6 @@ def _entries(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
     """Returns the entries of all arrays at place 0, at place 1, ..."""
     if len(arrays[0]) < 2 or not isinstance(arrays[0], Tracer):
         return _rows(*arrays)
-    if arrays[0].ndim > 1:  # or the product of a CPU would look up each number anew
-        return _rows(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=by_unknown_places, default=_rows)
 
 
@@ -175,6 +173,8 @@ def by_unknown_places(*arrays: jax.Array) -> list[tuple[jax.Array, ...]]:
     compiled for itself.
     """
     places = jax.lax.optimization_barrier(list(np.arange(len(arrays[0]), dtype="i4")))
-    every = jnp.stack(arrays, axis=-1)
-    rows = [jax.lax.dynamic_index_in_dim(every, i, keepdims=False) for i in places]
-    return [tuple(row[..., k] for k in range(len(arrays))) for row in rows]
+    every = jnp.stack(arrays)
+    rows = [jax.lax.dynamic_index_in_dim(every, i, 1, keepdims=False) for i in places]
+    if every.ndim > 2:  # or the product would look up each number anew
+        rows = jax.lax.optimization_barrier(rows)
+    return [tuple(row) for row in rows]

@@ -204,7 +204,7 @@ def test_in_one_look_is_the_same_under_transformations(
 def test_a_nan_in_a_leaf_of_any_size_is_seen(ord, size, one_device):
     leaf = jnp.ones(size).at[size // 2].set(jnp.nan)
     norm = functools.partial(oc.global_norm, ord=ord)
-    assert not jnp.isfinite(jax.jit(norm)(leaf))
+    assert jnp.isnan(jax.jit(norm)(leaf))
 
 
 @pytest.mark.parametrize("limit", [0.5, (-1.0, 0.5)])
@@ -224,7 +224,10 @@ def test_elements_are_counted_in_one_look(limit, accelerator, one_device):
 
 
 def sums_by_platform(norm, updates):
-    """Returns how many sums there are on a CPU, a GPU and a TPU."""
+    """Returns how many sums there are on a CPU, a GPU and a TPU.
+
+    On a CPU each is there three times: once, and for norms that are small or large.
+    """
     program = jax.make_jaxpr(norm)(updates).jaxpr
     choices = [x for x in helpers.steps(program) if x.params.get("branches_platforms")]
     branches = choices[0].params["branches"]  # then come those for the entries
@@ -239,17 +242,17 @@ def sums_by_platform(norm, updates):
 )
 def test_small_leaves_of_one_device_share_a_kernel(norm, last, one_device):
     found = sums_by_platform(norm, [jnp.ones(10)] * 50)  # each of them is one unit
-    assert found == [2, 1, 3 * (50 + last)]  # a TPU's compiler joins them
+    assert found == [3, 1, 3 * (50 + last)]  # a TPU's compiler joins them
 
 
 def test_large_leaves_share_the_last_kernel_on_a_gpu(one_device):
     found = sums_by_platform(oc.global_norm, [jnp.ones((512, 256))] * 50)
-    assert found == [2 * 51, 51, 3 * 51]
+    assert found == [3 * 51, 51, 3 * 51]
 
 
 def test_no_kernel_of_a_gpu_joins_more_leaves_than_it_can_hold(one_device):
     found = sums_by_platform(oc.norms.leaf_norms, [jnp.ones(10)] * 130)
-    assert found == [2, 3, 3 * 130]
+    assert found == [3, 3, 3 * 130]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_units_of_small_equal_leaves_share_a_kernel_on_a_gpu(
     shape, dtype, kernels, one_device
 ):
     found = sums_by_platform(oc.norms.unit_norms, [jnp.ones(shape, dtype)] * 130)
-    assert found == [2 * 130, kernels, 3 * 130]
+    assert found == [3 * 130, kernels, 3 * 130]
 
 
 def test_norms_of_units_are_chosen_before_they_are_joined_on_a_tpu(one_device):
@@ -284,7 +287,7 @@ def test_norms_of_units_are_chosen_before_they_are_joined_on_a_tpu(one_device):
 
 def test_leaves_that_may_be_spread_keep_a_kernel_each():
     found = sums_by_platform(oc.global_norm, [jnp.ones(10)] * 50)
-    assert found == [2 * 51, 51, 3 * 51]
+    assert found == [3 * 51, 51, 3 * 51]
 
 
 @pytest.mark.parametrize("power", [1e-30, 1.0, 1e30])

@@ -211,7 +211,7 @@ def test_a_nan_in_a_leaf_of_any_size_is_seen(ord, size, one_device):
 def test_elements_are_counted_in_one_look(limit, accelerator, one_device):
     draw = np.random.default_rng(0)
     shapes = [(128, 128)] * 3 + [(7, 3)] * 2 + [(300, 400)]
-    leaves = [np.float32(draw.normal(size=shape)) for shape in shapes]
+    leaves = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
     leaves[3][0] = np.nan
     low, high = limit if isinstance(limit, tuple) else (-limit, limit)
     clip = oc.clip_by_value(limit)

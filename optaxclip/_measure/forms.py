@@ -172,7 +172,8 @@ def _again(at: Scaled, scale: Any, powers: Packed, norms: Packed) -> Packed:
     """Returns the norms, measured again where that is the power they are to have."""
 
     def chosen(power: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(power == scale, new, old)
+        # Of what is not finite the plain norm says whether it was a NaN.
+        return jnp.where((power == scale) & jnp.isfinite(new), new, old)
 
     return jax.tree.map(chosen, powers, at(scale), norms)
 

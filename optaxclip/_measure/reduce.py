@@ -23,18 +23,16 @@ def scaled(x: jax.Array, scale: Scale, square: bool = False) -> jax.Array:
     compute ``x**2 * scale**2``, which is 0 times infinity.
 
     Where the square will be taken the modulus will do, and a large number for an
-    infinity. The scale is a power of two; an array is one that the compiler does not
-    know.
+    infinity or, on a CPU, a NaN: so a CPU squares and sums in one loop, where it would
+    keep a copy of ``x`` otherwise. The scale is a power of two; an array is one that
+    the compiler does not know.
     """
-    is_known = isinstance(scale, float)
-    if is_known and scale == 1:
+    if isinstance(scale, float) and scale == 1:
         return x
     if _is_complex(x):
         parts = scaled(x.real, scale, square), scaled(x.imag, scale, square)
         return jax.lax.complex(*parts)
     largest = jnp.finfo(x.dtype).max
-    if square and not is_known:
-        return x * scale
     if square:
         return jnp.minimum(jax.lax.abs(x) * scale, largest)
     product = jnp.clip(x * scale, -largest, largest)

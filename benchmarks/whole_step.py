@@ -17,8 +17,9 @@ the same program on other arrays: what it adds is noise.
 
 What is added is told in percent of the step without a clip: its median over rounds,
 between the ends of the interval that the median is in with 95 %, by the clock and then
-in seconds of the processor, which count no others. Of 61 rounds it is known to one
-percent, of 301 to half of one.
+in seconds of the processor, which count no others. Of 201 rounds it was known to one
+percent. The interval is of rounds alone: what lies elsewhere in memory may take another
+time in all of them, which `no clip, again` shows.
 """
 
 import argparse

@@ -1,13 +1,11 @@
 """A mesh over two processes means the same to a clip as one device.
 
 Two real processes of four virtual devices each talk by Gloo, as two machines would.
-They run the clips of the table whose ways through the code differ: value, global_norm,
-global_norm_ord_3, layer_norm, agc and lagged_leaf. The whole table runs in
-`test_meshes.py`, in one.
+They run the clips of the table whose ways through the code differ, each in one setting
+or in all. The whole table runs in all of them in `test_meshes.py`, in one process.
 """
 
 import contextlib
-import itertools
 import json
 import os
 import socket
@@ -91,12 +89,11 @@ def test_two_processes_clip_as_one_device(tmp_path):
     commands = [[*script, str(number), str(file)] for number, file in enumerate(files)]
     run(commands, tmp_path, TIMEOUT)
     reports = [json.loads(file.read_text()) for file in files]
-    cases = itertools.product(
-        two_processes.CLIPS,
-        two_processes.SETTINGS,
-        (f"{size:g}" for size in two_processes.SIZES),
-    )
-    cases = {", ".join(case) for case in cases}
+    cases = {
+        f"{name}, {setting}, {size:g}"
+        for name, setting in two_processes.CASES
+        for size in two_processes.SIZES
+    }
     for report in reports:
         assert report["owners"] == [[0, 0], [0, 0], [1, 1], [1, 1]]
         assert {case.rpartition(", ")[0] for case in report["deviations"]} == cases

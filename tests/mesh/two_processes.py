@@ -6,7 +6,9 @@ Every clip runs on one device of the process, then on the mesh that all share. T
 gets, as JSON, how far the two are apart, and a hash of every piece that is held here.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -37,6 +39,15 @@ CLIPS = (  # those whose ways through the code differ
     "lagged_leaf",
 )
 SETTINGS = ("jit", "shard_map", "shard_map_without_types")
+# Each in one setting, in turn, and two in all: `test_meshes.py` has the product.
+CASES = list(
+    dict.fromkeys(
+        [
+            *zip(CLIPS, itertools.cycle(SETTINGS), strict=False),
+            *itertools.product(("global_norm", "agc"), SETTINGS),
+        ]
+    )
+)
 SIZES = (1.0, 1e25, 1e-25)  # of updates and thresholds; params are of size 1
 HISTORIES = ("lagged_leaf",)  # thresholds relative to past norms have no size
 UNITS = ("agc",)  # types don't tell how they are split
@@ -113,9 +124,14 @@ def hashes(leaf):
     return found
 
 
-def compare(name, setting, mesh, alone):
+@functools.cache
+def on_one_device(name):
+    return jax.jit(two_steps(name))
+
+
+def compare(name, setting, mesh):
     """By size and leaf: how far from one device, and the hashes of what was found."""
-    together = on_mesh(name, setting, mesh)
+    alone, together = on_one_device(name), on_mesh(name, setting, mesh)
     deviations, found = {}, {}
     for size in SIZES:
         trees = [
@@ -168,12 +184,10 @@ def main(address, number, file):
     mesh = make_mesh()
     owners = [[device.process_index for device in row] for row in mesh.devices]
     deviations, found = {}, {}
-    for name in CLIPS:
-        alone = jax.jit(two_steps(name))
-        for setting in SETTINGS:
-            some_deviations, some = compare(name, setting, mesh, alone)
-            deviations |= some_deviations
-            found |= some
+    for name, setting in CASES:
+        some_deviations, some = compare(name, setting, mesh)
+        deviations |= some_deviations
+        found |= some
     report = {"owners": owners, "deviations": deviations, "hashes": found}
     report["history"] = compare_histories(mesh)
     Path(file).write_text(json.dumps(report))

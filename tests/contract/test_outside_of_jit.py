@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import logging
 import weakref
 
@@ -80,8 +81,16 @@ def traced(name):
     return jax.jit(lambda t, *args: CLIPS[name](t).update(*args))
 
 
-@pytest.mark.parametrize("name", helpers.all_but(CLIPS, ["clip_by_global_norm"]))
-@pytest.mark.parametrize("dtype", helpers.all_but(NARROW, ["bfloat16"]))
+# Bounds of elements are rounded to their dtype; a number for a norm is float32 in each.
+QUICK = ("clip_by_global_norm", "bfloat16")
+PAIRS = {QUICK, *itertools.product((*CHOSEN, "pair"), NARROW)}
+PAIRS |= set(zip(CLIPS, itertools.cycle(NARROW), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pair if pair == QUICK else helpers.thorough(*pair) for pair in sorted(PAIRS)],
+)
 @hypothesis.given(
     threshold=st.floats(2.0**-10, 2.0**10) | st.sampled_from((1, 1e30, jnp.inf)),
     power=st.integers(-3, 1),

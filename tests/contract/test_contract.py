@@ -1,6 +1,7 @@
 """What every clip owes, over all clips and dtypes."""
 
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -58,18 +59,26 @@ NO_INFINITY = {
     for name in (*table.ELEMENTWISE, "spam")
 }
 
-EVERY_PAIR = [(name, dtype) for dtype in helpers.DTYPES for name in clips]
-# One of each kind in float32 and in two more dtypes, in turn.
-CHOSEN = {
-    (name, dtype)
-    for i, name in enumerate(table.KINDS)
-    for dtype in ("float32", *(helpers.DTYPES[(2 * i + j) % 6] for j in range(2)))
-}
+
+def in_some(names) -> set[tuple[str, str]]:
+    """In float32 and in two more dtypes, in turn."""
+    return {
+        (name, dtype)
+        for i, name in enumerate(names)
+        for dtype in ("float32", *(helpers.DTYPES[(2 * i + j) % 6] for j in range(2)))
+    }
+
+
+# The other rows have rules, scopes and factors of their own: those see float32 norms.
+ORDERS = ("global_norm_ord_3", "leaf_norm_ord_inf")
+IN_ALL = {*table.KINDS, *table.ELEMENTWISE, *ORDERS}
+EVERY_PAIR = in_some(clips) | set(itertools.product(IN_ALL, helpers.DTYPES))
+CHOSEN = in_some(table.KINDS)
 
 
 def every_clip_and_dtype(exempt: dict[Any, str]):
     """Parametrizes over all pairs less those named, by clip or by clip and dtype."""
-    pairs = [pair for pair in EVERY_PAIR if not exempt.keys() & {pair, pair[0]}]
+    pairs = [x for x in sorted(EVERY_PAIR) if not exempt.keys() & {x, x[0]}]
     marked = [x if x in CHOSEN else helpers.thorough(*x) for x in pairs]
     return pytest.mark.parametrize(("name", "dtype"), marked, indirect=["dtype"])
 
@@ -148,11 +157,16 @@ def test_an_update_that_needs_no_clipping_comes_back_bit_for_bit(name, dtype):
 
 
 CONSTANTS = [0.0, 1e-30, 1e30]
+# Of each kind all of them; the other rows, in turn, one each.
+ROWS = list(itertools.product(table.KINDS, CONSTANTS))
+REST = [name for name in clips if name not in table.KINDS]
+MORE = list(zip(REST, itertools.cycle(CONSTANTS), strict=False))
 
 
 @functools.cache
 def steps_from_constants(name):
     """The first step from each of `CONSTANTS`, compiled as one program."""
+    sizes = [size for own, size in ROWS + MORE if own == name]
     _, params = helpers.updates_and_params("float32")
     shapes = jax.tree.map(jnp.shape, params)
 
@@ -163,11 +177,12 @@ def steps_from_constants(name):
         clip = clips[name](1.0)
         return clip.update(filled, clip.init(params), params)
 
-    return jax.jit(lambda params: {size: step(size, params) for size in CONSTANTS})
+    return jax.jit(lambda params: {size: step(size, params) for size in sizes})
 
 
-@every_clip()
-@pytest.mark.parametrize("size", CONSTANTS)
+@pytest.mark.parametrize(
+    ("name", "size"), [*ROWS, *(helpers.thorough(*row) for row in MORE)]
+)
 def test_what_the_compiler_knows_beforehand_is_clipped_like_anything(name, size):
     # The gradient of an unused parameter is a constant, and is folded into the rest.
     updates, params = helpers.updates_and_params("float32")
@@ -200,7 +215,7 @@ def test_a_zero_threshold_gives_zeros(name):
 
 
 @every_clip()
-def test_jit_is_eager_with_a_single_trace(name):
+def test_jit_is_eager_with_a_single_trace_and_what_it_got_donated(name):
     clip, jitted, jitted_state, params = jitted_run(name)
     eager, eager_state = helpers.run(clip, clip.update, three_steps(), params)
     helpers.assert_close(jitted, eager)
@@ -267,15 +282,6 @@ def derivative(name):
 def test_the_derivative_is_finite(name, scale):
     gradient = derivative(name)(helpers.random_tree(seed=1, scale=scale))
     chex.assert_tree_all_finite(gradient)
-
-
-@every_clip()
-def test_updates_and_state_can_be_donated(name):
-    clip, kept, kept_state, params = jitted_run(name)
-    donating = jax.jit(clip.update, donate_argnums=(0, 1))
-    donated, state = helpers.run(clip, donating, three_steps(), params)
-    chex.assert_trees_all_equal(donated, kept)
-    chex.assert_trees_all_equal(state, kept_state)
 
 
 @every_clip()

@@ -315,7 +315,12 @@ KINDS = (
     *("singular_values", "spectral_norm", "zclip", "mapping_of_rules"),
     *("acclip", "spam", "stable_adamw", "u_clip"),
 )
-assert set(KINDS) <= set(clips)
+# What sums as none of these does, over updates or over params.
+NORMS_OF_THEIR_OWN = (
+    *("global_norm_ord_3", "leaf_norm_ord_inf", "layer_norm", "unit_norm"),
+    *("agc_excluding", "relative_to_params", "relative_step"),
+)
+assert {*KINDS, *NORMS_OF_THEIR_OWN} <= set(clips)
 
 # Clips of single elements: their scope is the element, they carry no norm.
 ELEMENTWISE = tuple(name for name in clips if name.startswith("value"))

@@ -114,15 +114,10 @@ def check(name, setting, layout):
 BLIND = {"user_norm": "no type says whether a norm of one's own sums over devices"}
 
 
-# Also those whose norm, or whose params', no kind has. The other rows differ in what is
-# done with norms that all devices have: one setting each.
-SUMMED = (
-    *("global_norm_ord_3", "leaf_norm_ord_inf", "layer_norm", "unit_norm"),
-    *("agc_excluding", "relative_to_params", "relative_step"),
-)
+# The rows whose norms no kind has, too. Others differ in what follows: a setting each.
+IN_ALL = {*KINDS, *table.NORMS_OF_THEIR_OWN}
 IN_TURN = set(zip(KINDS, itertools.cycle(SETTINGS[:3]), strict=False))
-PAIRS = set(itertools.product((*KINDS, *SUMMED), SETTINGS[:3]))
-REST = [name for name in clips if name not in KINDS + SUMMED]
+REST, PAIRS = sorted({*clips} - IN_ALL), set(itertools.product(IN_ALL, SETTINGS[:3]))
 PAIRS |= set(zip(REST, itertools.cycle(SETTINGS[:3]), strict=False))
 
 

@@ -30,7 +30,7 @@ class Stack(NamedTuple):
       layers: how many there are, on all devices together.
       depth: how many parts of the path name the module that they are layers of.
       root: the path of that module.
-      split: the mesh axis that spreads them over devices, "" if none does.
+      split: the mesh axes that spread them over devices, the first by the most layers.
     """
 
     axis: int
@@ -39,21 +39,24 @@ class Stack(NamedTuple):
     layers: int
     depth: int
     root: str
-    split: str
+    split: Sequence[str]
+
+    def first(self) -> jax.Array:
+        """Returns which layer is the device's first."""
+        return collectives.index(self.split) * self.size
 
     def own(self, every: jax.Array) -> jax.Array:
         """Returns the device's own of numbers for all layers."""
         if not self.split:
             return every
-        first = jax.lax.axis_index(self.split) * self.size
-        return jax.lax.dynamic_slice_in_dim(every, first, self.size)
+        return jax.lax.dynamic_slice_in_dim(every, self.first(), self.size)
 
     def every(self, own: jax.Array, fill: float = 0.0) -> jax.Array:
         """Returns the numbers of all layers, the last axis, from the device's own."""
         if not self.split:
             return own
         empty = jnp.full_like(own, fill, shape=(*own.shape[:-1], self.layers))
-        first = jax.lax.axis_index(self.split) * self.size
+        first = self.first()
         empty = collectives.vary_like(empty, own, first)
         return jax.lax.dynamic_update_slice_in_dim(empty, own, first, axis=-1)
 
@@ -103,8 +106,7 @@ def over_layers(fun: Any, stacks: Mapping[str, int | None]) -> Any:
       TypeError: ``fun`` or an axis is of the wrong type.
       ValueError: when tracing, a pattern that matches nothing, a leaf without that
         axis, leaves of one stack with different numbers of layers; inside
-        ``shard_map``, a leaf that is split and has no spec (:func:`over_axes`), or
-        layers that are split over two mesh axes.
+        ``shard_map``, a leaf that is split and has no spec (:func:`over_axes`).
 
     Examples:
       >>> clip = optaxclip.over_layers(optaxclip.clip_by_leaf_norm(1.0), {"blocks": 0})
@@ -177,16 +179,12 @@ def _stack(
             f" mesh axes {sorted(split.axes)}, for a stack of layers: its type doesn't"
             " say. Pass its spec by `optaxclip.over_axes(clip, specs)`."
         )
-    along = sorted(split.along([axis]))
-    if len(along) > 1:
-        raise ValueError(
-            f"Expected layers split over one mesh axis at most, got {along} for"
-            f" {path!r}. Split another dimension."
-        )
+    known = split.dimensions or ()
+    along = tuple(known[axis]) if axis < len(known) else ()
     depth = _paths.depth(pattern, path)
     root = "/".join(path.split("/")[:depth])
     count = split.whole_shape(shape)[axis]
-    return Stack(axis, len(shape), shape[axis], count, depth, root, "".join(along))
+    return Stack(axis, len(shape), shape[axis], count, depth, root, along)
 
 
 def _checked(stacks: Any) -> tuple[tuple[str, int | None], ...]:

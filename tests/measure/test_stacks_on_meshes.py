@@ -114,6 +114,28 @@ def test_under_jit_no_leaf_is_gathered(name):
     assert not any("4,4,2]" in line or "[4,4]" in line for line in gathered)
 
 
+@pytest.mark.parametrize("name", ["leaf_norm", "agc", "adagc", "value"])
+@pytest.mark.parametrize("setting", ["auto", "explicit", "shard_map"])
+def test_layers_may_be_split_over_two_mesh_axes(name, setting):
+    """The first of them by the larger pieces."""
+    specs = {"blocks": P(("pipe", "fsdp")), "embed": P(None, "fsdp")}
+    told = oc.over_axes(oc.over_layers(MAKERS[name](), STACKS), specs)
+
+    def run(updates, params):
+        return told.update(updates, told.init(params), params)
+
+    mesh = grid(AxisType.Explicit if setting == "explicit" else AxisType.Auto)
+    every = trees()
+    expected = jax.jit(run)(*every)
+    if setting == "shard_map":
+        out = specs, P()
+        run = jax.shard_map(run, mesh=mesh, in_specs=(specs,) * 2, out_specs=out)
+    shardings = {key: NamedSharding(mesh, spec) for key, spec in specs.items()}
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(*jax.device_put(every, (shardings,) * 2))
+    chex.assert_trees_all_close(got, expected, rtol=1e-5)
+
+
 # --------------------------------------------------------------------------------------
 # Errors
 # --------------------------------------------------------------------------------------
@@ -166,16 +188,3 @@ def test_inside_shard_map_a_split_stack_needs_its_spec():
     )
     with pytest.raises(ValueError, match=r"for a stack of layers: .*`optaxclip.over_a"):
         jax.jit(step)(trees()[0])
-
-
-def test_layers_split_over_two_mesh_axes_raise():
-    spec = {"blocks": P(("pipe", "fsdp"))}
-    clip = oc.over_axes(oc.over_layers(oc.clip_by_leaf_norm(1.0), STACKS), spec)
-    step = jax.shard_map(
-        lambda u: clip.update(u, None)[0],
-        mesh=grid(AxisType.Auto),
-        in_specs=(spec,),
-        out_specs=spec,
-    )
-    with pytest.raises(ValueError, match=r"one mesh axis at most, got \['fsdp', 'pip"):
-        jax.jit(step)({"blocks": jnp.ones((4, 2))})

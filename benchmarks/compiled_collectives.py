@@ -10,9 +10,9 @@ Each comes in packages of its own: run this once per environment, the rows add u
 The step is a clip, SGD with momentum and `optax.apply_updates`; params, gradients and
 momentum are split alike and come from outside, so every collective is the clip's. Four
 forms: under `jit`, where the compiler inserts the collectives; the same on explicit
-mesh axes, and with the specs given to `over_axes`, where the clip does that for norms;
-and inside `shard_map`, where it does so always. Optax has rows in the first alone: in
-the last its answers are wrong, each device takes the norm of its own pieces.
+mesh axes, and with the specs given to `over_axes`, where the clip does that itself; and
+inside `shard_map`, where it does so always. Optax has rows in the first alone: in the
+last its answers are wrong, each device takes the norm of its own pieces.
 
 A clip may add all-reduces only: under `jit` one for each set of mesh axes that norms
 are summed over, in the other forms one in all, however many leaves there are. (Two
@@ -20,8 +20,8 @@ orders of the same axes are two sets to the compiler for TPU, Optax's clips incl
 rescue on CPU has two more in branches that are hardly ever taken.) A clip of units adds
 some rounds: it measures the params as well, and its state keeps the unit of each leaf
 that was clipped hardest, for which devices have to agree on which that is. A clip of
-elements has two kinds: its state keeps the largest and counts those that it clipped.
-Rows of ours that break this say so, and then the exit status is 1.
+elements has two kinds, of many devices: its state keeps the largest and counts those
+that it clipped. Rows of ours that break this say so, and then the exit status is 1.
 """
 
 import functools
@@ -103,8 +103,8 @@ def allowed(form: str, clip: str, params: Tree) -> int:
     if clip == NO_CLIP:
         return 0
     sets = len(set(specs) - {()})
-    if clip == "value":  # a sum and a maximum
-        return 2 if form == SHARD_MAP else 2 * sets
+    if clip == "value":  # a sum and a maximum, where devices are few in one
+        return 2 * sets if form == JIT else 2
     if clip != "adaptive":
         return sets if form == JIT else 1
     if form != JIT:  # norms; which unit was clipped hardest; on CPU, any rescue

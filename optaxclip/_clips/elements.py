@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from optaxclip._measure import formulas, layouts, reduce, stacks as _stacks, totals
-from optaxclip._mesh import collectives, splits as _splits
+from optaxclip._mesh import (
+    collectives,
+    side_by_side,
+    splits as _splits,
+    spread as _spread,
+)
 from optaxclip._trees import infinity, leaves as _leaves
 
 Bounds = tuple[jax.Array, ...]  # low and high, or the one limit of a range
 Sides = tuple["Side", ...]  # the lower and the upper one, or one of both
 Numbers = tuple[jax.Array, jax.Array]  # of every scope: the largest modulus, the count
+ByAxes = dict[collectives.Axes, jax.Array]  # that a device's numbers differ over
 
 _PIECES, _SHORT = 8, 1024  # of a row, and no shorter
 
@@ -62,7 +69,7 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
         jax.lax.stop_gradient(list(map(_sides, each.values())))
     )
     places = [list(each).index(id(some)) for some in bounds]
-    largest, counts = _numbers(tree, splits, own, places)
+    largest, counts = _of_all(tree, splits, own, places)
     largest = infinity.replaced(largest.astype(leaves.dtype))
     shares = jnp.where(jnp.isnan(largest), largest, counts / sizes)
     counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
@@ -72,8 +79,24 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     return Seen(*jax.lax.optimization_barrier(tuple(found)))
 
 
-def _numbers(
+def _of_all(
     tree: Any, splits: _splits.Splits, bounds: list[Sides], places: list[int]
+) -> Numbers:
+    """Measures leaves; every device its own pieces, where it is known which."""
+    spread = _spread.of(tree)
+    if spread is None:
+        return _numbers(tree, bounds, splits, places)
+    specs = jax.tree.unflatten(jax.tree.structure(tree), spread.specs)
+    return jax.shard_map(
+        functools.partial(_numbers, splits=spread.splits(), places=places),
+        mesh=spread.mesh,
+        in_specs=(specs, PartitionSpec()),
+        out_specs=PartitionSpec(),
+    )(tree, bounds)
+
+
+def _numbers(
+    tree: Any, bounds: list[Sides], splits: _splits.Splits, places: list[int]
 ) -> Numbers:
     """Measures leaves of real numbers.
 
@@ -83,8 +106,8 @@ def _numbers(
 
     Args:
       tree: of the leaves.
-      splits: how each is split.
       bounds: all that there are.
+      splits: how each is split.
       places: which of them are those of each leaf.
     """
     together = functools.partial(_together, splits=splits, places=places)
@@ -120,12 +143,14 @@ def _together(
             largest.append(piece._replace(array=size))
             counts.append(piece._replace(array=count))
     gathered = functools.partial(
-        totals.by_scope,
+        totals.by_axes,
         count=sum(map(len, scopes)),
         operands=layout.operands,
         dtype=jnp.result_type(jnp.float32, *jax.tree.leaves(tree)),
     )
-    return gathered(largest, combine=jnp.max), gathered(counts, combine=jnp.sum)
+    return _of_devices(
+        gathered(largest, combine=jnp.max), gathered(counts, combine=jnp.sum)
+    )
 
 
 def _by_pieces(x: jax.Array, sides: Sides, axes: tuple[int, ...]) -> Numbers:
@@ -164,17 +189,27 @@ def _apart(
     scopes = _scopes(stacks)
     over = [_over(x, bounds[place]) for x, place in zip(leaves, places, strict=True)]
 
-    def gathered(arrays: list[jax.Array], combine: totals.Combine) -> jax.Array:
+    def gathered(arrays: list[jax.Array], combine: totals.Combine) -> ByAxes:
         pieces = layouts.pieces(arrays, scopes, splits, stacks, layout)
+        parts = [
+            p._replace(array=reduce.combined(p.array, 1.0, 1, combine, axes))
+            for p, axes in zip(pieces, map(layouts.first, pieces), strict=True)
+        ]
         count = sum(map(len, scopes))
-        return reduce.gathered(
-            pieces, 1.0, 1, combine, count=count, operands=layout.operands
-        )
+        return totals.by_axes(parts, count, combine, layout.operands)
 
-    counts = gathered(over, jnp.sum)
+    largest, counts = _of_devices(gathered(leaves, jnp.max), gathered(over, jnp.sum))
     # The largest on several devices may not be the NaN that there is.
-    largest = jnp.where(jnp.isnan(counts), counts, gathered(leaves, jnp.max))
-    return largest, counts
+    return jnp.where(jnp.isnan(counts), counts, largest), counts
+
+
+def _of_devices(largest: ByAxes, counts: ByAxes) -> Numbers:
+    """Combines the numbers of all devices; they differ over the same axes."""
+    if not any(largest):
+        return largest[frozenset()], counts[frozenset()]
+    both = {axes: jnp.stack([x, counts[axes]]) for axes, x in largest.items()}
+    found = collectives.all_devices(both, side_by_side.largest_and_sum)
+    return found[0], found[1]
 
 
 def _scopes(stacks: _stacks.Stacks) -> list[tuple[int, ...]]:

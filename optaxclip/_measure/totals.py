@@ -24,6 +24,21 @@ def by_scope(
 ) -> jax.Array:
     """Combines numbers that are not negative, those of one scope to one.
 
+    Args: see `by_axes`.
+    """
+    totals = by_axes(parts, count, combine, operands, dtype)
+    return collectives.all_devices(totals, collective(combine))
+
+
+def by_axes(
+    parts: Sequence[Piece],
+    count: int,
+    combine: Combine,
+    operands: int,
+    dtype: Any = None,
+) -> dict[Axes, jax.Array]:
+    """Does so on each device, by the mesh axes over which the numbers then differ.
+
     Args:
       parts: pieces reduced along their first axes to be reduced, `layouts.first`.
       count: how many scopes there are: 0, 1, ...
@@ -32,7 +47,7 @@ def by_scope(
       dtype: of the result; numbers are cast to it all at once, on each device.
     """
     if not parts:
-        return jnp.zeros(count)
+        return {frozenset(): jnp.zeros(count)}
     whole = [part for part in parts if not part.by_rows]
     by_row = [part for part in parts if part.by_rows]
     # No sum is negative; of `abs` the compiler doesn't make one sum of the two again.
@@ -40,17 +55,16 @@ def by_scope(
         row._replace(array=combine(jnp.abs(row.array), axis=1))
         for row in layouts.joined(by_row, operands)
     ]
-    by_axes: dict[Axes, list[Piece]] = {}
+    alike: dict[Axes, list[Piece]] = {}
     for part in whole:
         if part.stack:
             every = part.stack.every(collectives.replicated(part.array))
             part = part._replace(array=every)
-        by_axes.setdefault(part.axes, []).append(part)
-    totals = {
+        alike.setdefault(part.axes, []).append(part)
+    return {
         axes: jnp.asarray(_total(some, count, combine), dtype)
-        for axes, some in by_axes.items()
+        for axes, some in alike.items()
     }
-    return collectives.all_devices(totals, collective(combine))
 
 
 def collective(combine: Combine) -> Combine:

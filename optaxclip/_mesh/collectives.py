@@ -5,6 +5,7 @@ Under ``jit`` with sharded arrays the compiler inserts the collectives. Inside
 pieces differ.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def all_devices(
     Args:
       parts: non-negative arrays of one shape, by the axes over which each varies. A
         part is counted once on the axes that it does not vary over.
-      collective: ``jax.lax.psum`` or `pmax`.
+      collective: ``jax.lax.psum``, or what looks for the largest.
     """
     union = frozenset[str]().union(*parts)
     if not union:
@@ -104,7 +105,7 @@ def all_devices(
     once = [at_origin(part, union - axes) for axes, part in parts.items()]
     if collective is jax.lax.psum:
         return jax.lax.psum(sum(once), tuple(sorted(union)))
-    return collective(jnp.max(jnp.stack(once), axis=0), tuple(sorted(union)))
+    return collective(functools.reduce(jnp.maximum, once), tuple(sorted(union)))
 
 
 def anywhere(condition: jax.Array, axes: Axes) -> jax.Array:

@@ -77,6 +77,23 @@ def at_smallest(columns: Sequence[jax.Array], axes: Axes) -> list[jax.Array]:
     return list(jax.lax.psum(jnp.where((device == first)[None], rows, 0), names))
 
 
+def largest_and_sum(rows: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Returns the largest numbers of all devices, NaN if one is, and the sums.
+
+    Args:
+      rows: two, of which the first is looked through and the second summed.
+      names: the mesh axes along which to do so.
+    """
+    axes = frozenset(names)
+    if splits.copies(axes) > FEW:
+        largest = collectives.pmax(rows[0], names)
+        return jnp.stack([largest, jax.lax.psum(rows[1], names)])
+    sizes, numbers = jnp.moveaxis(jax.lax.psum(_in_own_row(rows, axes), names), 1, 0)
+    missing = jnp.any(jnp.isnan(sizes), axis=0)
+    largest = jnp.where(missing, jnp.nan, jnp.max(sizes, axis=0))
+    return jnp.stack([largest, jnp.sum(numbers, axis=0)])
+
+
 def _combined(
     vectors: Mapping[_Kind, jax.Array], collective: Callable[..., jax.Array]
 ) -> dict[_Kind, jax.Array]:

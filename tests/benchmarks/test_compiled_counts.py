@@ -79,19 +79,19 @@ ALL_REDUCES = {
     ("explicit", "global_norm"): 1,
     ("explicit", "group_norm"): 1,
     ("explicit", "leaf_norm"): 1,
-    ("explicit", "value"): 6,
+    ("explicit", "value"): 1,
     ("over_axes", "adaptive"): 2,
     ("over_axes", "block_rms"): 1,
     ("over_axes", "global_norm"): 1,
     ("over_axes", "group_norm"): 1,
     ("over_axes", "leaf_norm"): 1,
-    ("over_axes", "value"): 6,
+    ("over_axes", "value"): 1,
     ("shard_map", "adaptive"): 2,
     ("shard_map", "block_rms"): 1,
     ("shard_map", "global_norm"): 1,
     ("shard_map", "group_norm"): 1,
     ("shard_map", "leaf_norm"): 1,
-    ("shard_map", "value"): 2,
+    ("shard_map", "value"): 1,
 }
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"

@@ -129,6 +129,25 @@ def test_the_device_with_the_smallest_is_found(few, count, monkeypatch):
     assert rounds(function, columns) == count
 
 
+@pytest.mark.parametrize(("few", "count"), [(64, 1), (0, 2)])
+def test_the_largest_and_the_sum_of_all_devices(few, count, monkeypatch):
+    """Of as many numbers as take XLA for CPU to lose a NaN."""
+    monkeypatch.setattr(side_by_side, "FEW", few)
+    columns = np.random.default_rng(0).integers(0, 9, size=(8, 2, 5000))
+    rows = columns.astype(np.float32)
+    rows[3, 0, ::7], rows[5, 0, ::11] = np.inf, np.nan
+    function = jax.shard_map(
+        lambda x: side_by_side.largest_and_sum(x[0], ("data", "model")),
+        mesh=grid(),
+        in_specs=P(("data", "model")),
+        out_specs=P(),
+    )
+    largest, total = jax.jit(function)(rows)
+    np.testing.assert_array_equal(largest, np.max(rows[:, 0], axis=0))
+    np.testing.assert_array_equal(total, np.sum(rows[:, 1], axis=0))
+    assert rounds(function, rows) == count
+
+
 def test_the_derivative_is_that_of_the_device_that_was_chosen():
     chosen = functools.partial(side_by_side.at_smallest, axes=BOTH)
     function = jax.shard_map(

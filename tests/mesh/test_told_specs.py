@@ -20,6 +20,7 @@ from optaxclip._mesh import collectives
 
 UNITS = oc.adaptive_grad_clip(0.1)
 GLOBAL = oc.clip_by_global_norm(1.0)
+VALUE = oc.clip_by_value((-0.5, 1.0))
 
 
 def first_step(clip, updates, params):
@@ -57,6 +58,7 @@ def sums(text):
 
 
 NAMES = ["global_norm", "layer_norm", "block_rms", "agc", "agc_excluding", "adagc"]
+NAMES += ["value"]
 
 
 @functools.cache
@@ -66,7 +68,11 @@ def on_one_device(name):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*helpers.in_turn(NAMES, list(LAYOUTS)), ("agc", "two_axes"), ("agc", "mixed")],
+    [
+        *helpers.in_turn(NAMES, list(LAYOUTS)),
+        *helpers.in_turn(["agc", "value"], ["two_axes", "mixed"]),
+        *helpers.in_turn(["value"], list(LAYOUTS)),
+    ],
 )
 def test_a_clip_that_was_told_gives_what_one_device_gives(name, layout):
     specs, mesh = LAYOUTS[layout], grid()
@@ -80,7 +86,9 @@ def test_a_clip_that_was_told_gives_what_one_device_gives(name, layout):
             assert_alike(step(scale, *every), expected)
 
 
-@pytest.mark.parametrize("scope", [GLOBAL, UNITS], ids=["global", "units"])
+@pytest.mark.parametrize(
+    "scope", [GLOBAL, UNITS, VALUE], ids=["global", "units", "value"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_specs_that_are_not_the_real_ones_cost_time_alone(scope, layout):
     mesh = grid()
@@ -90,13 +98,41 @@ def test_specs_that_are_not_the_real_ones_cost_time_alone(scope, layout):
     assert_alike(found, first_step(scope, *case()))
 
 
-@pytest.mark.parametrize(("clip", "count"), [(GLOBAL, 1), (UNITS, 5)])
-def test_it_takes_as_few_sums_as_inside_of_shard_map(clip, count):
+@pytest.mark.parametrize(("clip", "count"), [(GLOBAL, 1), (UNITS, 5), (VALUE, 1)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_it_takes_as_few_sums_as_inside_of_shard_map(kind, clip, count):
     """Of units two for the updates and two for the params, which the compiler joins."""
-    with jax.set_mesh(grid()):
-        clip = oc.over_axes(clip, LAYOUTS["two_axes"])
-        text = on_gpu(functools.partial(first_step, clip), *case())
+    specs, mesh = LAYOUTS["two_axes"], grid(kind)
+    with jax.set_mesh(mesh):
+        clip = oc.over_axes(clip, specs)
+        every = [spread_as(specs, x, mesh) for x in case()]
+        text = on_gpu(functools.partial(first_step, clip), *every)
     assert sums(text) == count
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_what_a_clip_by_value_counts_takes_one_sum_as_compiled(kind):
+    specs, mesh = LAYOUTS["mixed"], grid(kind)
+    with jax.set_mesh(mesh):
+        every = [spread_as(specs, x, mesh) for x in case()]
+        text = told(VALUE, specs).lower(*every).compile().as_text() or ""
+    assert text.count(" all-reduce(") == 1
+    assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_clip_by_value_counts_what_one_device_has(layout, bad, kind):
+    """Of numbers that are not finite, too, and to the bit."""
+    (updates, params), mesh = case(), grid(kind)
+    updates["dense"]["kernel"] = updates["dense"]["kernel"].at[5, 2].set(bad)
+    expected = jax.jit(functools.partial(first_step, VALUE))(updates, params)
+    with jax.set_mesh(mesh):
+        every = (spread_as(LAYOUTS[layout], x, mesh) for x in (updates, params))
+        found = told(VALUE, LAYOUTS[layout])(*every)
+    chex.assert_trees_all_equal(found, expected)
+    assert np.isnan(found[1].largest).tolist() == [False, np.isnan(bad), False]
 
 
 def test_nothing_is_gathered():

@@ -186,11 +186,7 @@ def at_three_scales(
         _scaled(plain, dtype, layout, updates), (1.0, *_powers.ends(dtype))
     )
     powers = jax.tree.map(_powers.of, norms)
-    found = jax.tree.map(_powers.pick, powers, norms, down, up), powers
-    if isinstance(plain.specs, _units.Units):
-        norms, powers = (_units.rejoined(x, plain.specs.places) for x in found)
-        return norms, powers
-    return found
+    return jax.tree.map(_powers.pick, powers, norms, down, up), powers
 
 
 def in_doubles(plain: Plain, layout: layouts.Layout, updates: Any) -> Exact:

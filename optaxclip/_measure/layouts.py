@@ -1,11 +1,13 @@
 """How are leaves laid out for the kernels that reduce them? Joined, or by rows."""
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optaxclip._measure import stacks as _stacks
@@ -22,8 +24,8 @@ class Layout(NamedTuple):
       operands: at most so many of them in one kernel.
       width: other leaves are reduced by rows of at most so many elements first; 0 for
         at once.
-      equal: at most so many small leaves of one shape in one kernel for their units; 0
-        for norms that are an array for each leaf.
+      equal: at most so many small leaves of one shape in one kernel for their units.
+      added: at most so many arrays of those are put into one by a sum, in one kernel.
       height: units are reduced by at most so many rows first; 0 for at once.
     """
 
@@ -31,13 +33,15 @@ class Layout(NamedTuple):
     operands: int = 1
     width: int = 0
     equal: int = 1
+    added: int = 1
     height: int = 0
 
 
 AS_THEY_ARE = Layout()
 # It reduces small leaves together by itself, and takes a kernel to put the norms of a
-# leaf's units into one array with others.
-ON_TPU = Layout(equal=0)
+# leaf's units into one array with others, but one for a sum of many.
+ON_TPU = Layout(added=64)
+FEW = 8  # arrays, whose sum may be computed in several kernels
 ON_CPU = Layout(small=8192, operands=256)
 # Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
 # sum of a whole large leaf takes two kernels, its rows all together share the second.
@@ -114,6 +118,25 @@ def of_one_shape(
 ) -> list[Sequence[int]]:
     """Returns which leaves of one shape a kernel reduces together by unit."""
     return _batches(places, layout.equal if leaf.size < layout.small else 1)
+
+
+def in_one(arrays: Sequence[jax.Array], layout: Layout) -> jax.Array:
+    """Concatenates arrays along their first axis."""
+    batches = _batches(arrays, layout.added)
+    return jnp.concatenate([_added(some) for some in batches])
+
+
+def _added(arrays: Sequence[jax.Array]) -> jax.Array:
+    if len(arrays) == 1:
+        return arrays[0]
+    ends = np.cumsum([len(x) for x in arrays]).tolist()
+    rows = [
+        jnp.pad(x, [(end - len(x), ends[-1] - end), *[(0, 0)] * (x.ndim - 1)])
+        for x, end in zip(arrays, ends, strict=True)
+    ]
+    total = functools.reduce(jnp.add, rows)
+    # Of many a sum is long, and to be computed once.
+    return lax.optimization_barrier(total) if len(arrays) > FEW else total
 
 
 def blocks(x: jax.Array, along: tuple[int, ...], layout: Layout) -> jax.Array | None:

@@ -71,7 +71,9 @@ def seen(leaves: _leaves.Leaves, bounds: Sequence[Bounds]) -> Seen:
     places = [list(each).index(id(some)) for some in bounds]
     largest, counts = _of_all(tree, splits, own, places)
     largest = infinity.replaced(largest.astype(leaves.dtype))
-    shares = jnp.where(jnp.isnan(largest), largest, counts / sizes)
+    # Zeros that fill up rows are counted, too, above a bound that is NaN.
+    shares = jnp.minimum(counts / sizes, 1)
+    shares = jnp.where(jnp.isnan(largest), largest, shares)
     counted = [jnp.asarray(leaves.leaves[i]) for i in leaves.counted]
     found = Seen(largest, shares, counted)
     if collectives.manual_axes():
@@ -145,7 +147,7 @@ def _together(
     gathered = functools.partial(
         totals.by_axes,
         count=sum(map(len, scopes)),
-        operands=layout.operands,
+        layout=layout,
         dtype=jnp.result_type(jnp.float32, *jax.tree.leaves(tree)),
     )
     return _of_devices(
@@ -159,7 +161,7 @@ def _by_pieces(x: jax.Array, sides: Sides, axes: tuple[int, ...]) -> Numbers:
     if x.ndim != 2 or len(x) == 1 or width < _SHORT or x.shape[-1] % _PIECES:
         return _reduced(x, sides, axes)
     largest, count = _reduced(x.reshape(len(x), _PIECES, width), sides, (2,))
-    return jnp.max(largest, axis=1), jnp.sum(count, axis=1)
+    return jnp.max(largest, axis=1), jnp.sum(count, axis=1, dtype=count.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -196,7 +198,7 @@ def _apart(
             for p, axes in zip(pieces, map(layouts.first, pieces), strict=True)
         ]
         count = sum(map(len, scopes))
-        return totals.by_axes(parts, count, combine, layout.operands)
+        return totals.by_axes(parts, count, combine, layout)
 
     largest, counts = _of_devices(gathered(leaves, jnp.max), gathered(over, jnp.sum))
     # The largest on several devices may not be the NaN that there is.

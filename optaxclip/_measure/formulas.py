@@ -36,7 +36,7 @@ def global_norm(updates: Any, splits: _splits.Splits, *, ord: float = 2) -> form
         alone = [None] * len(leaves)  # layers or not, it is the same sum
         every = [(0,)] * len(leaves)
         pieces = layouts.pieces(leaves, every, splits, alone, layout)
-        return lambda scale: reduce.norms(pieces, scale, 1, ord, layout.operands)[0]
+        return lambda scale: reduce.norms(pieces, scale, 1, ord, layout)[0]
 
     return forms.Plain(scaled, (_units.EVERYTHING,))
 
@@ -115,7 +115,7 @@ def _norms_of(
     def scaled(updates: Any, layout: layouts.Layout) -> forms.Scaled:
         leaves = jax.tree.leaves(updates)
         pieces = layouts.pieces(leaves, places, splits, stacks, layout)
-        return lambda scale: reduce.norms(pieces, scale, count, ord, layout.operands)
+        return lambda scale: reduce.norms(pieces, scale, count, ord, layout)
 
     def every_name() -> _names.Names:
         found = _names.of_scopes(list(members.values()), _paths.paths(updates))

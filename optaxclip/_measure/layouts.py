@@ -22,6 +22,7 @@ class Layout(NamedTuple):
     Attributes:
       small: leaves of fewer elements are joined.
       operands: at most so many of them in one kernel.
+      filled: whether those of several sizes are rows of one length, filled with zeros.
       width: other leaves are reduced by rows of at most so many elements first; 0 for
         at once.
       equal: at most so many small leaves of one shape in one kernel for their units.
@@ -31,6 +32,7 @@ class Layout(NamedTuple):
 
     small: int = 0
     operands: int = 1
+    filled: bool = False
     width: int = 0
     equal: int = 1
     added: int = 1
@@ -43,9 +45,11 @@ AS_THEY_ARE = Layout()
 ON_TPU = Layout(added=64)
 FEW = 8  # arrays, whose sum may be computed in several kernels
 ON_CPU = Layout(small=8192, operands=256)
-# Of more operands XLA for GPU writes what it joins to memory, and reads it again; the
-# sum of a whole large leaf takes two kernels, its rows all together share the second.
-ON_GPU = Layout(small=65536, operands=64, width=8192, equal=64)
+# Of more operands XLA for GPU writes what it joins to memory, and reads it again; zeros
+# it does not read, and norms of leaves, of groups and of all share the sums of leaves;
+# the sum of a whole large leaf takes two kernels, its rows all together share the
+# second.
+ON_GPU = Layout(small=65536, operands=64, filled=True, width=8192, equal=64)
 # Of 16 bits XLA for GPU reads many columns at once, and where that makes too few blocks
 # of work it writes their squares to memory, eight bytes each.
 ON_GPU_NARROW = ON_GPU._replace(height=256)
@@ -105,7 +109,7 @@ def pieces(
             found.append(Piece(rows, some, split.axes, by_rows=True))
         else:
             found.append(Piece(lax.expand_dims(leaf, [0]), some, split.axes))
-    return found + joined(small, layout.operands)
+    return found + joined(small, layout)
 
 
 def first(piece: Piece) -> tuple[int, ...]:
@@ -156,13 +160,28 @@ def blocks(x: jax.Array, along: tuple[int, ...], layout: Layout) -> jax.Array | 
     return lax.reshape(x, (len(x), size // height, height, *kept))
 
 
-def joined(parts: Iterable[Piece], operands: int) -> list[Piece]:
-    """Joins vectors of one scope, and those that are then of one size to matrices.
+def joined(parts: Iterable[Piece], layout: Layout) -> list[Piece]:
+    """Joins pieces, each of them a matrix with one row, to matrices."""
+    return (_filled if layout.filled else _of_equal)(parts, layout.operands)
 
-    Args:
-      parts: each a matrix with one row.
-      operands: how many may go into one piece.
-    """
+
+def _filled(parts: Iterable[Piece], operands: int) -> list[Piece]:
+    """Fills rows with zeros, to one length."""
+    alike: dict[tuple[Axes, jnp.dtype], list[Piece]] = {}
+    for part in sorted(parts, key=lambda part: part.array.size):
+        alike.setdefault((part.axes, part.array.dtype), []).append(part)
+    found = []
+    for (axes, _), every in alike.items():
+        for some in _batches(every, operands):
+            width = some[-1].array.size
+            rows = [jnp.pad(x.array, ((0, 0), (0, width - x.array.size))) for x in some]
+            scopes = tuple(scope for part in some for scope in part.scopes)
+            found.append(Piece(lax.concatenate(rows, dimension=0), scopes, axes))
+    return found
+
+
+def _of_equal(parts: Iterable[Piece], operands: int) -> list[Piece]:
+    """Joins vectors of one scope, and those that are then of one size to matrices."""
     of_scope: dict[tuple[int, Axes, jnp.dtype], list[jax.Array]] = {}
     for part in parts:
         (scope,) = part.scopes

@@ -40,7 +40,11 @@ def scaled(x: jax.Array, scale: Scale, square: bool = False) -> jax.Array:
 
 
 def norms(
-    pieces: Sequence[Piece], scale: Scale, count: int, ord: float, operands: int
+    pieces: Sequence[Piece],
+    scale: Scale,
+    count: int,
+    ord: float,
+    layout: layouts.Layout,
 ) -> jax.Array:
     """Returns the norms of the scopes 0, 1, ... times ``scale``, one vector.
 
@@ -49,10 +53,10 @@ def norms(
       scale: a power of two.
       count: how many scopes there are.
       ord: p of the norm.
-      operands: how many sums of rows may be joined.
+      layout: how sums of rows are joined.
     """
     pieces, scale = scaled_at_once(pieces, scale, ord)
-    total = functools.partial(gathered, count=count, operands=operands)
+    total = functools.partial(gathered, count=count, layout=layout)
     if ord == 1:
         return total(pieces, scale, ord, jnp.sum)
     if ord == 2:
@@ -128,14 +132,14 @@ def gathered(
     combine: Combine,
     *,
     count: int,
-    operands: int,
+    layout: layouts.Layout,
 ) -> jax.Array:
     """Combines the powers of the elements by scope, over devices too."""
     parts = [
         p._replace(array=combined(p.array, scale, ord, combine, layouts.first(p)))
         for p in pieces
     ]
-    return totals.by_scope(parts, count, combine, operands)
+    return totals.by_scope(parts, count, combine, layout)
 
 
 def combined(

@@ -19,14 +19,14 @@ def by_scope(
     parts: Sequence[Piece],
     count: int,
     combine: Combine,
-    operands: int,
+    layout: layouts.Layout,
     dtype: Any = None,
 ) -> jax.Array:
     """Combines numbers that are not negative, those of one scope to one.
 
     Args: see `by_axes`.
     """
-    totals = by_axes(parts, count, combine, operands, dtype)
+    totals = by_axes(parts, count, combine, layout, dtype)
     return collectives.all_devices(totals, collective(combine))
 
 
@@ -34,7 +34,7 @@ def by_axes(
     parts: Sequence[Piece],
     count: int,
     combine: Combine,
-    operands: int,
+    layout: layouts.Layout,
     dtype: Any = None,
 ) -> dict[Axes, jax.Array]:
     """Does so on each device, by the mesh axes over which the numbers then differ.
@@ -43,7 +43,7 @@ def by_axes(
       parts: pieces reduced along their first axes to be reduced, `layouts.first`.
       count: how many scopes there are: 0, 1, ...
       combine: what reduced them.
-      operands: how many rows may be joined.
+      layout: how rows are joined.
       dtype: of the result; numbers are cast to it all at once, on each device.
     """
     if not parts:
@@ -51,10 +51,11 @@ def by_axes(
     whole = [part for part in parts if not part.by_rows]
     by_row = [part for part in parts if part.by_rows]
     # No sum is negative; of `abs` the compiler doesn't make one sum of the two again.
-    whole += [
-        row._replace(array=combine(jnp.abs(row.array), axis=1))
-        for row in layouts.joined(by_row, operands)
-    ]
+    for row in layouts.joined(by_row, layout):
+        total = combine(jnp.abs(row.array), axis=1)
+        whole.append(row._replace(array=total.astype(row.array.dtype)))
+    if layout.filled:
+        whole = [part._replace(array=jnp.abs(part.array)) for part in whole]
     alike: dict[Axes, list[Piece]] = {}
     for part in whole:
         if part.stack:

@@ -69,8 +69,8 @@ def unit_norms(
         def at(scale: reduce.Scale) -> _units.Units:
             arrays = _along.norms(parts, scale, ord, layout)
             if len(arrays) < len(places(layout)):
-                count, operands = len(whole), layout.operands
-                arrays.append(reduce.norms(pieces, scale, count, ord, operands))
+                norms = reduce.norms(pieces, scale, len(whole), ord, layout)
+                arrays.append(norms)
             return _units.Units(arrays, places(layout))
 
         return at

@@ -15,7 +15,6 @@ import pytest
 
 import helpers
 from helpers import oc
-from optaxclip._mesh import collectives
 
 SIZES = helpers.all_but([1e-30, 1e-19, 1.0, 1e19, 1e30], [1e-30, 1.0, 1e30])
 MAGNITUDES = pytest.mark.parametrize("magnitude", SIZES)
@@ -29,29 +28,6 @@ NORMS = pytest.mark.parametrize(
     ],
     ids=["global", "leaf", "group", "user"],
 )
-
-
-@pytest.fixture(params=["cuda", "tpu"])
-def accelerator(request, monkeypatch):
-    """Takes the branch of `platform_dependent` that is for some accelerator."""
-    chosen = []
-
-    def platform_dependent(*args, default, **named):
-        chosen.append(named.get(request.param, default))
-        return chosen[-1](*args)
-
-    jax.clear_caches()
-    monkeypatch.setattr(jax.lax, "platform_dependent", platform_dependent)
-    yield chosen
-    jax.clear_caches()
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    jax.clear_caches()
-    monkeypatch.setattr(collectives, "is_local", lambda x: True)
-    yield
-    jax.clear_caches()
 
 
 def leaves(magnitude):
@@ -223,6 +199,38 @@ def test_elements_are_counted_in_one_look(limit, accelerator, one_device):
     np.testing.assert_allclose(state.clipped_fractions, outside, rtol=1e-6)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_what_fills_up_rows_is_not_counted(x64, accelerator, one_device):
+    """Above a bound that is NaN all elements are, and those are zeros."""
+    shapes = (3,), (5, 2), (1000,), (4, 8192), (512, 256)
+    updates = [jnp.ones(shape, jnp.float32) for shape in shapes]
+
+    def step(limit):
+        clip = oc.clip_by_value(limit)
+        return clip.update(updates, clip.init(updates))[1]
+
+    with jax.enable_x64(x64):  # there a sum of counts is wider by default
+        state = jax.jit(step)(jnp.float32(np.nan))
+    np.testing.assert_array_equal(state.clipped_fractions, np.ones(5))
+    np.testing.assert_array_equal(state.largest, np.ones(5))
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, np.inf])
+def test_leaves_of_several_sizes_are_exact(ord, accelerator, one_device):
+    """Those that share a kernel, one that is not finite, and two of rows."""
+    draw = np.random.default_rng(0)
+    shapes = (1,), (70, 3), (5,), (100,), (512, 256), (4000,), (300, 512)
+    leaves = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
+    leaves[0][:], leaves[5][7] = 1e30, np.nan
+    leaves[3][:] = 0
+    found = jax.jit(lambda x: oc.norms.leaf_norms(x, ord=ord))(leaves)
+    right = [np.linalg.norm(x.ravel().astype(float), ord) for x in leaves]
+    np.testing.assert_allclose(found, right, rtol=1e-5)
+    whole = jax.jit(lambda x: oc.norms.global_norm(x, ord=ord))(leaves[1:5])
+    flat = np.concatenate([x.ravel().astype(float) for x in leaves[1:5]])
+    np.testing.assert_allclose(whole, np.linalg.norm(flat, ord), rtol=1e-5)
+
+
 def sums_by_platform(norm, updates):
     """Returns how many sums there are on a CPU, a GPU and a TPU.
 
@@ -242,12 +250,21 @@ def sums_by_platform(norm, updates):
 )
 def test_small_leaves_of_one_device_share_a_kernel(norm, last, one_device):
     found = sums_by_platform(norm, [jnp.ones(10)] * 50)  # each of them is one unit
-    assert found == [3, 1, 3 * (50 + last)]  # a TPU's compiler joins them
+    assert found == [3, 1 + last, 3 * (50 + last)]  # a TPU's compiler joins them
+
+
+@pytest.mark.parametrize(
+    ("norm", "last"), [(oc.global_norm, 1), (oc.norms.leaf_norms, 0)]
+)
+def test_leaves_of_several_sizes_share_a_kernel_on_a_gpu(norm, last, one_device):
+    leaves = [jnp.ones(n) for n in (1, 10, 300, 4000)]
+    _, on_gpu, _ = sums_by_platform(norm, leaves)
+    assert on_gpu == 1 + last
 
 
 def test_large_leaves_share_the_last_kernel_on_a_gpu(one_device):
     found = sums_by_platform(oc.global_norm, [jnp.ones((512, 256))] * 50)
-    assert found == [3 * 51, 51, 3 * 51]
+    assert found == [3 * 51, 52, 3 * 51]
 
 
 def test_no_kernel_of_a_gpu_joins_more_leaves_than_it_can_hold(one_device):

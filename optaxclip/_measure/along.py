@@ -36,7 +36,7 @@ def alike(leaves: Sequence[Reduction], layout: layouts.Layout) -> list[list[int]
     for i, leaf in enumerate(leaves):
         x = leaf.array
         key = x.shape, x.dtype, collectives.varying_axes(x), *leaf[1:]
-        kind = key if collectives.is_local(x) else i
+        kind = key if layout.equal and collectives.is_local(x) else i
         found.setdefault(kind, []).append(i)
     return list(found.values())
 

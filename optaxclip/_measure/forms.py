@@ -102,7 +102,8 @@ def ours_on_any_platform(
     plain, spread = formula(updates, splits), _spread.of(updates)
 
     def on_pieces(updates: Any, splits: _splits.Splits) -> Exact:
-        found = _ours(formula(updates, splits), dtype, layout, updates)
+        own = formula(updates, splits)
+        found = _ours(own, dtype, layout, updates, layouts.ON_TPUS)
         if isinstance(plain.specs, _units.Units):
             places = plain.specs.places
             norms, powers = (_units.rejoined(x, places) for x in found)
@@ -138,7 +139,13 @@ def ours_on_any_platform(
     return exact(updates)
 
 
-def _ours(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Exact:
+def _ours(
+    plain: Plain,
+    dtype: Any,
+    layout: layouts.Layout,
+    updates: Any,
+    on_tpu: layouts.Layout = layouts.ON_TPU,
+) -> Exact:
     on_gpu = functools.partial(at_three_scales, plain, dtype, layout)
     if dtype == jnp.float32 and _has_fast_doubles():
         on_gpu = functools.partial(in_doubles, plain, layout)
@@ -146,7 +153,7 @@ def _ours(plain: Plain, dtype: Any, layout: layouts.Layout, updates: Any) -> Exa
         updates,
         cpu=functools.partial(rescued, plain, dtype),
         cuda=on_gpu,
-        default=functools.partial(at_three_scales, plain, dtype, layouts.ON_TPU),
+        default=functools.partial(at_three_scales, plain, dtype, on_tpu),
     )
 
 
@@ -186,7 +193,11 @@ def at_three_scales(
         _scaled(plain, dtype, layout, updates), (1.0, *_powers.ends(dtype))
     )
     powers = jax.tree.map(_powers.of, norms)
-    return jax.tree.map(_powers.pick, powers, norms, down, up), powers
+    found = jax.tree.map(_powers.pick, powers, norms, down, up), powers
+    if isinstance(plain.specs, _units.Units):
+        norms, powers = (_units.rejoined(x, plain.specs.places) for x in found)
+        return norms, powers
+    return found
 
 
 def in_doubles(plain: Plain, layout: layouts.Layout, updates: Any) -> Exact:

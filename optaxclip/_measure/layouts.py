@@ -25,7 +25,8 @@ class Layout(NamedTuple):
       filled: whether those of several sizes are rows of one length, filled with zeros.
       width: other leaves are reduced by rows of at most so many elements first; 0 for
         at once.
-      equal: at most so many small leaves of one shape in one kernel for their units.
+      equal: at most so many small leaves of one shape in one kernel for their units; 0
+        for norms that are an array for each leaf.
       added: at most so many arrays of those are put into one by a sum, in one kernel.
       height: units are reduced by at most so many rows first; 0 for at once.
     """
@@ -43,6 +44,7 @@ AS_THEY_ARE = Layout()
 # It reduces small leaves together by itself, and takes a kernel to put the norms of a
 # leaf's units into one array with others, but one for a sum of many.
 ON_TPU = Layout(added=64)
+ON_TPUS = Layout(equal=0)  # each with its piece: the norms leave as arrays of leaves
 FEW = 8  # arrays, whose sum may be computed in several kernels
 ON_CPU = Layout(small=8192, operands=256)
 # Of more operands XLA for GPU writes what it joins to memory, and reads it again; zeros

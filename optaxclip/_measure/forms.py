@@ -160,7 +160,7 @@ def _ours(
 def rescued(plain: Plain, dtype: Any, updates: Any) -> Exact:
     at = _scaled(plain, dtype, layouts.ON_CPU, updates)
     # A kernel for each use of them would add up all parts of them anew.
-    norms = jax.lax.optimization_barrier(at(1.0))
+    norms = jax.tree.map(jax.lax.optimization_barrier, at(1.0))
     powers = jax.tree.map(_powers.of, norms)
     every = _powers.anywhere(jax.tree.leaves(powers))
     for scale, needed in zip(_powers.ends(dtype), every, strict=True):

@@ -32,7 +32,7 @@ def put_in_place():
 
 
 def main(*arguments):
-    """Runs files of Optax's folder; what begins with a dash is for pytest.
+    """Runs files of Optax's folder; what does not end in ".py" is for pytest.
 
     With "--own" first, they test Optax's own functions.
     """
@@ -40,7 +40,7 @@ def main(*arguments):
     if own != "--own":
         put_in_place()
         rest = arguments
-    given = [x if x.startswith("-") else str(FOLDER / x) for x in rest]
+    given = [str(FOLDER / x) if x.endswith(".py") else x for x in rest]
     return pytest.main(["-c", "/dev/null", "-p", "no:cacheprovider", "-q", *given])
 
 

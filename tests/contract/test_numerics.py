@@ -110,8 +110,8 @@ ROWS: dict[str, Callable[[], Case]] = {
     "float16, a million elements of 1e-4": lambda: by_global_norm(
         {"w": np.full(1_000_000, 1e-4).astype(np.float16)}, 0.05
     ),
-    "bfloat16, 300 leaves": lambda: by_global_norm(
-        many_leaves("bfloat16", [10] * 300), 1.0
+    "bfloat16, 700 leaves": lambda: by_global_norm(
+        many_leaves("bfloat16", [10] * 700), 1.0
     ),
     "bfloat16, a large leaf before 300 small ones": lambda: by_global_norm(
         many_leaves("bfloat16", [1_000_000] + [1000] * 300), 1.0
@@ -141,7 +141,7 @@ ROWS: dict[str, Callable[[], Case]] = {
         {"w": jnp.array([1e-8])}, {"w": jnp.array([0.0])}, 1e-7
     ),
 }
-LONG = ("bfloat16, 300 leaves", "bfloat16, a large leaf before 300 small ones")
+LONG = ("bfloat16, 700 leaves", "bfloat16, a large leaf before 300 small ones")
 every_row = pytest.mark.parametrize("row", helpers.all_but(ROWS, {*ROWS} - {*LONG}))
 
 

@@ -43,7 +43,7 @@ def test_a_long_vector_of_ones_is_counted_exactly():
 # --------------------------------------------------------------------------------------
 
 
-LEAVES, SIZE = 40, 5
+LEAVES = 100
 # Powers of ten of the elements that each format holds without subnormal numbers.
 MAGNITUDES = {
     "float32": (-37, 37),
@@ -61,9 +61,9 @@ def flat_updates(draw):
     low, high = MAGNITUDES[dtype]
     powers = draw(st.lists(st.integers(low, high), min_size=1, max_size=3))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scale = 10.0 ** rng.choice(powers, size=LEAVES * SIZE)
-    size = rng.uniform(1, 9.9, size=LEAVES * SIZE) * scale
-    sign = rng.choice([-1.0, 0.0, 1.0], size=LEAVES * SIZE, p=[0.45, 0.1, 0.45])
+    scale = 10.0 ** rng.choice(powers, size=2 * LEAVES)
+    size = rng.uniform(1, 9.9, size=2 * LEAVES) * scale
+    sign = rng.choice([-1.0, 0.0, 1.0], size=2 * LEAVES, p=[0.45, 0.1, 0.45])
     limit = float(jnp.finfo(dtype).max)
     return dtype, np.clip(size * sign, -limit, limit).astype(jnp.dtype(dtype))
 
@@ -201,7 +201,7 @@ def test_property_clipping_twice_is_clipping_once(case, ratio):
 
 @hypothesis.given(st.integers(0, 2**32 - 1), ratios, st.integers(-110, 110))
 def test_property_a_power_of_two_passes_through_exactly(seed, ratio, power):
-    values = np.random.default_rng(seed).uniform(1, 2, LEAVES * SIZE).astype(np.float32)
+    values = np.random.default_rng(seed).uniform(1, 2, 2 * LEAVES).astype(np.float32)
     max_norm = np.float32(ratio * in_numpy.vector_norm([values.astype(np.float64)]))
     plain, _ = clipped_and_norm(values, max_norm)
     factor = 2.0**power
